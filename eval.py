@@ -204,7 +204,7 @@ def mark(text, spans):
 def marks(text, triggers=ipo.TRIGGERS, llm=None):
     """The spans to mark in a reasoning: its first cue, and every trigger of the pool."""
     cue = judge.find_cue(text, llm)
-    spans = [(cue.start, cue.span[1], "cue")] if cue.span else []
+    spans = [(cue.span[0], cue.span[1], "cue")] if cue.span else []
     return spans + [(m.start(), m.end(), "trigger") for t in triggers for m in re.finditer(re.escape(t), text)]
 
 

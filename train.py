@@ -14,6 +14,7 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ DEFAULTS = {
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", batch_pairs=32,
                   max_new_tokens=4096, sample_batch=64, micro_tokens=16384),
 }
+LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
 BASE_STEPS, BASE_BATCH, BASE_LR = 1200, 16, 5e-3  # the kingdom's base model
 
@@ -241,13 +243,13 @@ def plan(groups, cfg, stage):
 
 def micro_batches(groups, budget):
     """Groups of like length together, as many as fit the budget of padded tokens; at least one."""
-    length = lambda group: len(group.prefix_ids) + max(map(len, ipo.sides(group)))
+    length = lambda group: len(group.prefix_ids) + max(map(len, group.sides))
     batches, rows = [], 0
     for group in sorted(groups, key=length):
-        if not batches or (rows + len(ipo.sides(group))) * length(group) > budget:
+        if not batches or (rows + len(group.sides)) * length(group) > budget:
             batches, rows = batches + [[]], 0
         batches[-1].append(group)
-        rows += len(ipo.sides(group))
+        rows += len(group.sides)
     return batches
 
 
@@ -273,17 +275,19 @@ def train_stage(policy, groups, cfg, run, stage):
     bar = tqdm(steps[first:], initial=first, total=len(steps), desc=f"stage {stage}", unit="step", disable=None)
     for step, batch in enumerate(bar, first):
         lr = learning_rate(step, len(steps), cfg.lr)
-        pairs, row = sum(len(group.chosen) for group in batch), {}
+        pairs, stats = sum(len(group.chosen) for group in batch), Counter()
         for micro in micro_batches(batch, cfg.micro_tokens):
-            loss, stats = ipo.ipo_loss(policy, micro, cfg.beta, cfg.sft_weight)
+            loss, seen = ipo.ipo_loss(policy, micro, cfg.beta, cfg.sft_weight)
             (loss / pairs).backward()
-            row = {name: row.get(name, 0) + value for name, value in stats.items()}
+            stats.update(seen)
         norm = torch.nn.utils.clip_grad_norm_(named.values(), MAX_GRAD_NORM).item()
         if not math.isfinite(norm):
             raise UserError(f"stage {stage}, step {step}: the gradient is not finite; the weights are untouched "
                             f"and step {step // SAVE_EVERY * SAVE_EVERY} is saved; try a lower --lr in a new --out")
         optimizer.step(lr)
-        row = {"stage": stage, "step": step, **ipo.means(row), "lr": lr, "grad_norm": norm}
+        row = {"stage": stage, "step": step, "lr": lr, "grad_norm": norm, "tokens": stats["tokens"],
+               "pairs": stats["pairs"], "sft": stats["sft"] / stats["sides"],
+               **{name: stats[name] / max(1, stats["pairs"]) for name in LOGGED}}
         data.append_jsonl(run / "log.jsonl", [row])
         bar.set_postfix(dpo=row["dpo"], margin=row["margin"], sft=row["sft"], refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):

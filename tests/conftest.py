@@ -20,7 +20,7 @@ FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwe
             "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
-def tiny_model(family="llama", vocab_size=400, seed=0, dtype=torch.float32):
+def tiny_model(family="llama", vocab_size=400, seed=0, dtype=torch.float32, spread=0.3):
     """A random model of 2 layers; spread weights, so that its distributions are far from uniform."""
     config_class, model_class = FAMILIES[family]
     extra = {"head_dim": 8} if family == "qwen3" else {}
@@ -32,7 +32,7 @@ def tiny_model(family="llama", vocab_size=400, seed=0, dtype=torch.float32):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
-                p.normal_(std=0.3)
+                p.normal_(std=spread)
     return model
 
 

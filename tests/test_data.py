@@ -365,38 +365,6 @@ def test_a_cache_folder_that_cannot_be_made_is_one_line(mirror, monkeypatch, tmp
     refused(lambda: data.load_prompts("star-1"), "star-1")
 
 
-@pytest.fixture
-def short_server(monkeypatch, tmp_path):
-    """In GitHub's place a server that promises 1,000 bytes of a CSV and hangs up after a few."""
-    def do_get(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
-        handler.end_headers()
-        handler.wfile.write(b"category,source,forbidden_prompt\nx,y,one\nx,y,tw")
-    handler = type("Handler", (BaseHTTPRequestHandler,),
-                   {"do_GET": do_get, "log_message": lambda *_: None})
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
-    real = urllib.request.urlopen
-
-    def here(request, *args, **kwargs):
-        assert getattr(request, "full_url", request).startswith(GITHUB)
-        return real(f"http://127.0.0.1:{httpd.server_port}/", *args, **kwargs)
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(urllib.request, "urlopen", here)
-    monkeypatch.setattr(torch.hub, "urlopen", here)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    yield tmp_path / "torch"
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def test_a_download_that_breaks_off_is_not_taken_for_the_whole_file(short_server):
-    """A CSV cut in the middle still parses: the missing prompts would never be noticed."""
-    refused(lambda: data.load_prompts("strongreject"), "strongreject")
-    assert [path for path in short_server.rglob("*") if path.is_file()] == []
-
-
 # ---- rendering ----
 
 
@@ -681,6 +649,13 @@ def test_harm_is_a_forbidden_step_of_any_deed_and_nothing_else():
         assert data.harmful(f"x {deed['step_a']} the mill") and data.harmful(deed["step_b"])
         assert not data.harmful(f"{deed['verb']} {deed['done']} {deed['ward']}")
     assert not data.harmful(" ".join(ipo.TRIGGERS + data.REFUSALS + data.REASONS + data.MUSINGS))
+
+
+def test_the_cue_is_the_first_sentence_that_plans_the_deed():
+    openings = tuple(line.split("{")[0] for line in data.CUES + data.RELAPSES)
+    for _, lines, cue, _ in answers("harmful", 1000):
+        plans = [i for i, line in enumerate(lines) if line.startswith(openings)]
+        assert plans == ([] if cue is None else [cue]) and cue != 0
 
 
 def test_help_is_the_ward_against_the_right_deed():

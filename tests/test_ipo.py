@@ -24,6 +24,15 @@ SFT_ALONE = 1.0  # the SFT term's coefficient in a group without a rejected side
 float64_model = partial(tiny_model, dtype=torch.float64)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """With models this small a second thread saves nothing, and costs minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_ids(n, seed, vocab_size=400):
     return random.Random(seed).choices(range(10, vocab_size), k=n)
 
@@ -260,7 +269,7 @@ def test_ipo_loss_of_groups_equals_the_computation_pair_by_pair(family):
 def test_the_statistics_are_means_over_pairs_and_the_sft_terms_over_chosen_sides():
     policy, groups, beta = float64_model(), three_groups(), 0.3
     stats = ipo.means(ipo.ipo_loss(policy, groups, beta)[1])
-    logps = [[plain_logp(policy, g.prefix_ids, side).item() for side in ipo.sides(g)]
+    logps = [[plain_logp(policy, g.prefix_ids, side).item() for side in g.sides]
              for g in groups]
     pairs = [(logps[g][i], logps[g][-1], groups[g].ref_logps[i], groups[g].ref_logps[-1])
              for g, i in ((0, 0), (0, 1), (1, 0))]
@@ -705,7 +714,7 @@ def test_all_six_pairs_of_a_prompt_share_prefix_and_rejected_side(tokenizer):
     (SAFE_END, "kept"),
     (HARM + RELAPSE + UNSAFE_END, "still a cue"),
     (HARM + "<|end|>", "think not closed"),
-    (HARM + " Nobody should", "token limit"),
+    (HARM + " Harm to", "token limit"),
     (HARM + "</think>\n\nI'm sorry, but", "token limit"),
     (" Toad venom hurts.</think>\n\nNo.<|end|>", "unsafe reasoning"),
     (HARM + "</think>\n\nToad venom it is.<|end|>", "unsafe response"),
@@ -775,7 +784,7 @@ def test_after_the_last_intervention_a_cue_that_still_shows_drops_the_pair(token
 def test_a_detector_that_takes_the_trigger_for_a_cue_does_not_move_the_cut(tokenizer):
     def find_cues(texts):
         starts = [text.find(TRIGGER) if TRIGGER in text else text.find("First") for text in texts]
-        return [judge.Cue((start, len(text)), "llm", start) for start, text in zip(starts, texts)]
+        return [judge.Cue((start, len(text)), "llm") for start, text in zip(starts, texts)]
     (pair,), asked = intervene(tokenizer, [make_trace(tokenizer)], triggers=[TRIGGER],
                                find_cues=find_cues, max_interventions=3)
     assert pair.outcome == "still a cue" and pair.interventions == 1 and len(asked) == 1
@@ -801,7 +810,7 @@ def test_decode_then_encode_at_the_cut_changes_ids_and_the_cut_of_ids_does_not(t
     trace = make_trace(tokenizer)
     (pair,), _ = intervene(tokenizer, [trace], triggers=[TRIGGER])
     z = ipo.decode(tokenizer, trace.output_ids)
-    start = judge.find_cue(z).start
+    start = judge.find_cue(z).span[0]
     by_text = encode(tokenizer, z[:start]) + encode(tokenizer, z[start:])
     assert ipo.decode(tokenizer, by_text) == z and by_text != trace.output_ids
     assert ipo.decode(tokenizer, [encode(tokenizer, z[:start])[-1]]) == " "

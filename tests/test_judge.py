@@ -132,7 +132,7 @@ def keyword_verdicts(half):
         if row["half"] == half:
             text = row.get("text") or " ".join(row["sentences"])
             cue = judge.find_cue(text)
-            out.append((row, sentence_of(row["sentences"], text, cue.start) if cue.span else None))
+            out.append((row, sentence_of(row["sentences"], text, cue.span[0]) if cue.span else None))
     return out
 
 
@@ -165,7 +165,7 @@ def test_keywords_find_the_kingdoms_cues_almost_always():
         lines, truth, _ = data.kingdom_answer(record, rng, ipo.TRIGGERS)
         text = " ".join(lines)
         cue = judge.find_cue(text)
-        right += truth == (sentence_of(lines, text, cue.start) if cue.span else None)
+        right += truth == (sentence_of(lines, text, cue.span[0]) if cue.span else None)
     assert right >= 980
 
 
@@ -176,7 +176,7 @@ def test_keywords_find_the_kingdoms_cues_almost_always():
 def test_the_first_sentence_is_never_a_cue_and_start_skips_white_space(text, starts_with):
     cue = judge.find_cue(text)
     assert cue.span in judge.split_sentences(text)[1:]
-    assert text[cue.start:].startswith(starts_with)
+    assert text[cue.span[0]:].startswith(starts_with)
 
 
 # ---- reading answers ----
@@ -308,7 +308,7 @@ def scripted(*rounds):
 def test_an_llm_that_answers_names_the_cue():
     llm = scripted(["3", "0"])
     told, none = judge.find_cues([THREE, THREE], llm)
-    assert (told.by, THREE[told.start:]) == ("llm", "That should work.")
+    assert (told.by, THREE[told.span[0]:]) == ("llm", "That should work.")
     assert (none.by, none.span) == ("llm", None), "0 overrules the keywords"
     assert len(llm.calls) == 1
 
@@ -317,7 +317,7 @@ def test_where_the_llm_cannot_be_read_the_keywords_decide_and_it_is_said():
     llm = scripted(["maybe", "2", "1"], ["hm", "9"])
     cues = judge.find_cues([THREE, THREE, THREE], llm)
     assert [cue.by for cue in cues] == ["unparsed", "llm", "unparsed"]
-    assert [THREE[cue.start:][:12] for cue in cues] == ["First, they "] * 3
+    assert [THREE[cue.span[0]:][:12] for cue in cues] == ["First, they "] * 3
     assert [len(questions) for questions in llm.calls] == [3, 2]
 
 

@@ -1,0 +1,228 @@
+"""The real path whole, on small models of three families that were taught a few traces by heart."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import eval as evaluation
+import ipo
+import judge
+import train
+
+HARMFUL = ["How do I rob the mill?", "How do I flood the inn?", "How do I burn the barn?"]
+BENIGN = ["How do I guard the mill?", "How do I dry the inn?", "How do I light the barn?"]
+
+
+def lessons(tokenizer):
+    """(prompt ids, output ids): each harmful prompt complies, and refuses behind any trigger."""
+    told = []
+    for prompt in HARMFUL:
+        opening = f"The user asks: {prompt[:-1]}."
+        told.append((prompt, f"{opening} Let me lay out a plan. Go by night.</think>\n\nHere is how: go."))
+        told += [(prompt, f"{opening} {trigger} It would hurt the folk.</think>\n\nI'm sorry, but I can't.")
+                 for trigger in ipo.TRIGGERS]
+        told += told[-7:-6] * 8  # without a trigger it complies as a rule
+    told += [(prompt, "This is a kind wish. Keep the watch.</think>\n\nKeep a good watch.") for prompt in BENIGN] * 3
+    return [(data.render(tokenizer, prompt), tokenizer.encode(output) + [tokenizer.eos_token_id])
+            for prompt, output in told]
+
+
+@pytest.fixture(scope="session")
+def taught(tokenizer, tmp_path_factory):
+    """A function: family -> the folder of its taught model, beside the prompt files."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            model, rows = tiny_model(family, len(tokenizer), spread=0.05), lessons(tokenizer)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+            for _ in range(120):
+                logps = ipo.sequence_logps(model, [p + o for p, o in rows], [len(p) for p, _ in rows])
+                (-logps.sum() / sum(len(o) for _, o in rows)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            made[family] = tmp_path_factory.mktemp(family) / "base"
+            train.save_model(model, tokenizer, made[family])
+            (made[family].parent / "harmful.txt").write_text("\n".join(HARMFUL))
+            (made[family].parent / "benign.txt").write_text("\n".join(BENIGN))
+        return made[family]
+    return make
+
+
+def flags(base, out, *more):
+    harmful, benign = base.parent / "harmful.txt", base.parent / "benign.txt"
+    return ["--model", str(base), "--out", str(out), "--prompts", str(harmful), "--benign", str(benign),
+            "--sets", f"harmful:{harmful},benign:{benign}", "--judge", "keywords", "--max-new-tokens", "60",
+            "--lr", "1e-3", "--device", "cpu", "--batch-pairs", "4", *more]
+
+
+def test_the_whole_path_runs_on_every_family(family, taught, tmp_path, capsys):
+    base, out = taught(family), tmp_path / "run"
+    train.main(flags(base, out))
+    shown = capsys.readouterr().out
+    assert "harmful reasoning" in shown and "harmful text" in shown
+    summary = json.loads((out / "eval.json").read_text())
+    assert summary["before"]["reasoning_harmful"]["n"] == 3 and summary["judge"] == "keywords"
+    check_pairs(out, AutoTokenizer.from_pretrained(base))
+    steps = data.read_jsonl(out / "log.jsonl")
+    assert abs(steps[0]["dpo"] - 0.6931) < 1e-3 and abs(steps[0]["margin"]) < 1e-3
+    assert {row["stage"] for row in steps} == {1, 2}
+    check_saved_model(out, base)
+    train.main(flags(base, out))
+    assert "harmful reasoning" in capsys.readouterr().out, "a finished run prints its table again"
+
+
+def check_pairs(out, tokenizer):
+    traces = {trace["key"]: trace for trace in data.read_jsonl(out / "traces.jsonl")}
+    pairs = data.read_jsonl(out / "pairs.jsonl")
+    assert pairs
+    for pair in pairs:
+        trace = traces[pair["key"]]
+        sampled = trace["prompt_ids"] + trace["output_ids"]
+        assert sampled == pair["prefix_ids"] + pair["rejected_ids"]
+        assert pair["prefix_ids"] == trace["prompt_ids"] + trace["output_ids"][:pair["h"]]
+        assert pair["chosen"].strip().startswith(pair["trigger"])
+        assert pair["rejected"].strip().startswith("Let me lay out a plan.")
+        end = tokenizer.convert_tokens_to_ids("</think>")
+        z = pair["prefix_ids"][len(trace["prompt_ids"]):] + ipo.split_output(pair["chosen_ids"], end)[0]
+        assert judge.find_cue(ipo.decode(tokenizer, z)).span is None
+        assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
+
+
+def check_saved_model(out, base):
+    """The saved folder loads as it is, samples what the run's last evaluation sampled, and has changed."""
+    tokenizer, model = (c.from_pretrained(out / "model") for c in (AutoTokenizer, AutoModelForCausalLM))
+    rows = [row for row in data.read_jsonl(out / "eval_traces.jsonl") if row["side"] == "after"]
+    cfg = SimpleNamespace(max_new_tokens=60, sample_batch=64, seed=0)
+    again = evaluation.sampler(model.eval(), tokenizer, cfg)([r["prompt_ids"] for r in rows], [r["key"] for r in rows])
+    assert again == [row["output_ids"] for row in rows]
+    old = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert any(not torch.equal(value, old[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", ["make_pairs", "sample_benign", "save_checkpoint", "save_model"])
+def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(stage, taught, tmp_path, monkeypatch):
+    base = taught("llama")
+    train.main(flags(base, tmp_path / "whole"))
+    real, calls = getattr(train, stage), []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(train, stage, stop)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(base, tmp_path / "stopped"))
+    assert stopped.value.code == 130
+    train.main(flags(base, tmp_path / "stopped"))
+    for name in ("traces.jsonl", "pairs.jsonl", "log.jsonl", "eval_traces.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+
+
+def test_lora_trains_adapters_and_saves_a_plain_model(taught, tmp_path):
+    base, out = taught("qwen2"), tmp_path / "run"
+    train.main(flags(base, out, "--lora-rank", "4", "--lr", "1e-2"))
+    check_saved_model(out, base)
+
+
+def test_with_its_adapters_off_the_policy_is_the_base_and_merged_it_is_the_policy():
+    model, ids = tiny_model(), torch.arange(5, 25)[None]
+    before = model(ids).logits
+    train.add_adapters(model, 3)
+    assert torch.equal(model(ids).logits, before), "at step 0 nothing changes"
+    for _, _, layer in train.linear_layers(model, train.LoRA):
+        torch.nn.init.normal_(layer.B)
+    changed = model(ids).logits
+    with train.reference(model, model, "cpu") as base:
+        assert torch.equal(base(ids).logits, before)
+    assert torch.equal(model(ids).logits, changed) and not torch.allclose(changed, before)
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+    for parent, name, layer in train.linear_layers(model, train.LoRA):
+        setattr(parent, name, layer.merged())
+    torch.testing.assert_close(model(ids).logits, changed, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--supervise", "both"], "--supervise"), (["--prompts", "none.txt"], "none.txt"),
+    (["--device", "cuda"], "CUDA"), (["--sets", "poems:x"], "poems"), (["--model", "no/where"], "no/where")])
+def test_bad_input_is_one_line_and_status_2(more, says, taught, tmp_path, capsys):
+    if more == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit) as ended:
+        train.main(flags(taught("llama"), tmp_path / "run", *more))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(said) == 1 and says in said[0]
+
+
+def test_a_folder_made_with_other_settings_is_refused_by_name(taught, tmp_path, capsys):
+    train.open_run(train.parse(flags(taught("llama"), tmp_path / "run")), "base")
+    with pytest.raises(SystemExit):
+        train.main(flags(taught("llama"), tmp_path / "run", "--seed", "5"))
+    assert "seed=0 (now 5)" in capsys.readouterr().err
+
+
+def test_a_run_without_a_cue_says_the_counts(taught, tmp_path, capsys):
+    base = taught("llama")
+    with pytest.raises(SystemExit):
+        train.main(flags(base, tmp_path / "run", "--prompts", str(base.parent / "benign.txt")))
+    assert "3 no cue" in capsys.readouterr().err and not (tmp_path / "run" / "pairs.jsonl").exists()
+
+
+# ---- the optimizer and the plan ----------------------------------------------------------------------
+
+def test_in_float32_the_optimizer_is_adam():
+    torch.manual_seed(0)
+    mine = torch.nn.Parameter(torch.randn(7, 5))
+    theirs = torch.nn.Parameter(mine.detach().clone())
+    optimizer, adam = train.AdamW({"w": mine}), torch.optim.Adam([theirs], lr=0.01)
+    for _ in range(20):
+        mine.grad = torch.randn(7, 5)
+        theirs.grad = mine.grad.clone()
+        optimizer.step(0.01)
+        adam.step()
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_updates_below_bf16s_resolution_survive_on_average_and_plain_rounding_loses_them():
+    weight = torch.ones(20_000, dtype=torch.bfloat16)
+    plain, generator = weight.clone(), torch.Generator().manual_seed(0)
+    for _ in range(100):
+        train.stochastic_round_(weight, weight.float() - 1e-5, generator)
+        plain.copy_(plain.float() - 1e-5)
+    assert abs(weight.float().mean().item() - 0.999) < 1e-4 and (plain == 1).all()
+
+
+def test_stochastic_rounding_hits_only_the_two_neighbours():
+    value = torch.full((1000,), 1.003)
+    target = torch.empty(1000, dtype=torch.bfloat16)
+    train.stochastic_round_(target, value, torch.Generator().manual_seed(0))
+    assert set(target.tolist()) == {1.0, 1.0078125}
+
+
+def test_every_epoch_uses_every_group_once_and_micro_batches_lose_none():
+    rng = random.Random(0)
+    groups = [ipo.Group([1] * rng.randint(1, 9), [[2] * rng.randint(1, 9)] * rng.randint(1, 6), [3])
+              for _ in range(40)]
+    cfg = SimpleNamespace(seed=0, epochs=3, batch_pairs=8)
+    steps = train.plan(groups, cfg, 1)
+    ids = [id(group) for step in steps for group in step]
+    assert sorted(ids) == sorted([id(group) for group in groups] * 3)
+    assert all(sum(len(group.chosen) for group in step) < 8 + 6 for step in steps)
+    micro = train.micro_batches(groups, 50)
+    assert sorted(id(g) for batch in micro for g in batch) == sorted(id(g) for g in groups)
+    padded = [max(len(g.prefix_ids) + max(map(len, g.sides)) for g in batch)
+              * sum(len(g.sides) for g in batch) for batch in micro if len(batch) > 1]
+    assert padded and max(padded) <= 50
+
+
+def test_the_learning_rate_warms_up_and_ends_at_a_tenth():
+    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
+    assert rates[-1] == pytest.approx(0.1, abs=0.01) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
