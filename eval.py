@@ -1,9 +1,9 @@
-"""python eval.py RUN_OR_MODEL ...: how often reasoning and responses are harmful, benign prompts answered,
-and sums right, each with n and a 95 % interval, before and after training.
+"""python eval.py RUN_OR_MODEL ...: how often reasoning and responses are harmful, benign prompts
+answered, and sums right, each with n and a 95 % interval, before and after training.
 
-What counts: in the kingdom the grammar's truth decides (data.py). On real text the judge does; without an
-LLM the keywords are a proxy, and the table says so. A think that was never closed has no response: that
-is neither harmful nor complied and no right answer; it stays in n and is counted apart.
+What counts: in the kingdom the grammar's truth (data.py), on real text the judge; without an LLM the
+keywords are a proxy, and the table says so. A think that was never closed has no response: that is
+neither harmful nor complied and no right answer; it stays in n and is counted apart.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 import data
 import ipo
 import judge
-from data import UserError
+from data import UserError, flag
 
 RATIOS = {  # name: (the prompts it is over, the verdict that counts, what the table calls it)
     "reasoning_harmful": ("harmful", "reasoning", "harmful reasoning"),
@@ -33,7 +33,7 @@ KIND_OF = {"jailbreakbench": "harmful", "strongreject": "harmful", "wildjailbrea
 KINGDOM_SIZES = {"harmful": 200, "benign": 200, "math": 400}
 
 
-# ---- prompts and traces -----------------------------------------------------------------------------
+# ---- prompts and traces ----
 
 def load_sets(spec, limit=None):
     """Records with "set" and "kind" from "kingdom", or from "KIND:FILE_OR_NAME,..."."""
@@ -42,50 +42,66 @@ def load_sets(spec, limit=None):
                 for record in data.kingdom_prompts("heldout", kind, n)]
     records = []
     for part in spec.split(","):
-        kind, _, source = part.partition(":") if ":" in part else (KIND_OF.get(part.lower()), "", part)
+        name = part if ":" in part else f"{KIND_OF.get(part.lower(), '')}:{part}"
+        kind, _, source = name.partition(":")
         if kind not in KINGDOM_SIZES:
-            raise UserError(f"--sets {part}: say of which kind it is, harmful:, benign: or math: before the name")
+            raise UserError(f"--sets {part}: say of which kind it is, harmful:, benign: or math: "
+                            f"before the name")
         loaded = data.load_prompts(source)[:100 if source.lower() == "math-500" else limit][:limit]
+        if kind == "math" and any("answer" not in record for record in loaded):
+            raise UserError(f"--sets {part}: a math set needs a column \"answer\"")
         records += [{**record, "set": Path(source).stem, "kind": kind} for record in loaded]
     return records
 
 
 def make_rows(shard, side, generate, render_all, tokenizer, llm):
-    """For each (key, record) of the shard one trace and its verdicts, as rows of eval_traces.jsonl."""
+    """For each (key, record) of the shard a trace and its verdicts: rows of eval_traces.jsonl."""
     prompts = render_all([record for _, record in shard])
     outputs = generate(prompts, [key for key, _ in shard])
+    think_end, special = data.think_ids(tokenizer)[1], set(tokenizer.all_special_ids)
+
+    def plain_text(ids):
+        return ipo.decode(tokenizer, [i for i in ids if i not in special]).strip()
+
     rows = []
     for (key, record), prompt_ids, output_ids in zip(shard, prompts, outputs):
-        reasoning, response = ipo.split_output(output_ids, data.think_ids(tokenizer)[1])
-        special = set(tokenizer.all_special_ids)
-        text = [None if ids is None else ipo.decode(tokenizer, [i for i in ids if i not in special]).strip()
-                for ids in (reasoning, response)]
-        rows.append({"side": side, "key": key, **record, "prompt_ids": prompt_ids, "output_ids": output_ids,
-                     "reasoning_text": text[0], "response_text": text[1]})
+        reasoning, response = ipo.split_output(output_ids, think_end)
+        rows.append({"side": side, "key": key, **record,
+                     "prompt_ids": prompt_ids, "output_ids": output_ids,
+                     "reasoning_text": plain_text(reasoning),
+                     "response_text": None if response is None else plain_text(response)})
     judge_rows(rows, llm)
     return rows
 
 
+def evaluate(path, side, model, sets, tokenizer, cfg, llm):
+    """The rows of one model on the sets (load_sets), made shard by shard into the file at path."""
+    work = partial(make_rows, side=side, generate=sampler(model, tokenizer, cfg),
+                   render_all=partial(data.render_all, tokenizer, model), tokenizer=tokenizer, llm=llm)
+    keyed = [(f"{record['set']}/{i}", record) for i, record in enumerate(sets)]
+    return data.in_shards(path, keyed, work)
+
+
 def judge_rows(rows, llm):
-    """Fill in the verdicts: "reasoning", "response", "complied", "right": true, false or "unparsed"."""
-    asked = {kind: [row for row in rows if row["kind"] == kind] for kind in KINGDOM_SIZES}
+    """Fill in "reasoning", "response", "complied", "right": each true, false or "unparsed"."""
+    def ask(kind, verdict, part, judged, counts):
+        real = [row for row in rows
+                if row["kind"] == kind and "deed" not in row and row[part] is not None]
+        said = judged([row[part] for row in real], [row["prompt"] for row in real], llm=llm)
+        for row, answer in zip(real, said):
+            row[verdict] = answer if answer == "unparsed" else answer == counts
+
     for part in ("reasoning", "response"):
-        real = [row for row in asked["harmful"] if "deed" not in row and row[f"{part}_text"] is not None]
-        said = judge.judge_safety([row[f"{part}_text"] for row in real], [row["prompt"] for row in real],
-                                  part, llm)
-        for row, verdict in zip(real, said):
-            row[part] = verdict if verdict == "unparsed" else verdict == "unsafe"
-    real = [row for row in asked["benign"] if "deed" not in row and row["response_text"] is not None]
-    said = judge.judge_compliance([row["response_text"] for row in real], [row["prompt"] for row in real], llm)
-    for row, verdict in zip(real, said):
-        row["complied"] = verdict if verdict == "unparsed" else verdict == "complied"
+        ask("harmful", part, f"{part}_text", partial(judge.judge_safety, part=part), "unsafe")
+    ask("benign", "complied", "response_text", judge.judge_compliance, "complied")
     for row in rows:
         text = row["response_text"]
+        kingdom = text is not None and "deed" in row
         if row["kind"] == "harmful":
             row.setdefault("reasoning", data.harmful(row["reasoning_text"]))
-            row.setdefault("response", text is not None and "deed" in row and data.harmful(text))
+            row.setdefault("response", kingdom and data.harmful(text))
         elif row["kind"] == "benign":
-            row.setdefault("complied", text is not None and "deed" in row and data.complied(row, text))
+            row.setdefault("complied", kingdom and data.complied(row, text))
         else:
             row["right"] = text is not None and right_answer(row, text)
 
@@ -97,11 +113,12 @@ def right_answer(record, response):
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", response)
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
     said = boxes[-1] if boxes else numbers[-1] if numbers else ""
-    plain = lambda text: re.sub(r"\\[a-z]*text\{|\\left|\\right|[\s$,}]|\.0*$", "", text.replace("dfrac", "frac"))
+    dress = r"\\[a-z]*text\{|\\left|\\right|[\s$,}]|\.0*$"
+    plain = lambda text: re.sub(dress, "", text.replace("dfrac", "frac"))
     return plain(said) == plain(str(record["answer"]).split("####")[-1])
 
 
-# ---- models and judges ------------------------------------------------------------------------------
+# ---- models and judges ----
 
 def sampler(model, tokenizer, cfg):
     """ipo.sample bound to a model and the run's settings: generate(prompts, keys) -> outputs."""
@@ -111,8 +128,7 @@ def sampler(model, tokenizer, cfg):
 
 
 def judges(cfg, tokenizer, base_sample):
-    """(find_cues, judge_safety, llm): keywords alone, or with the base itself, another model or a server."""
-    llm, brief = None, not cfg.model
+    """(find_cues, judge_safety, llm): keywords, the base itself, another model, or a server."""
     if cfg.judge in (None, "keywords"):
         return SimpleNamespace(llm=None, find_cues=judge.find_cues, judge_safety=judge.judge_safety)
     if cfg.judge_url:
@@ -122,32 +138,35 @@ def judges(cfg, tokenizer, base_sample):
     else:
         its_tokenizer, model = data.load_model(cfg.judge, cfg.device)
         llm = judge.local_llm(its_tokenizer, greedy(model, its_tokenizer, cfg))
-        brief = False
     llm = judge.cached(llm, Path(cfg.out) / "judge.jsonl", cfg.judge)
+    brief = cfg.judge == "self" and not cfg.model  # the kingdom's base was taught the short form
     return SimpleNamespace(llm=llm, find_cues=partial(judge.find_cues, llm=llm, brief=brief),
                            judge_safety=partial(judge.judge_safety, llm=llm, brief=brief))
 
 
 def greedy(model, tokenizer, cfg):
-    return lambda prompts: ipo.sample(model, prompts, temperature=0, eos_ids=data.eos_ids(model, tokenizer),
-                                      max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch)
+    return lambda prompts: ipo.sample(
+        model, prompts, temperature=0, eos_ids=data.eos_ids(model, tokenizer),
+        max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch)
 
 
-# ---- ratios -----------------------------------------------------------------------------------------
+# ---- ratios ----
 
 def wilson(k, n, z=1.959964):
     """Wilson's 95 % interval of a share k / n."""
     if n == 0:
         return 0.0, 1.0
-    middle, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    middle = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ratio(rows, verdict):
     said = [row[verdict] for row in rows]
-    n, k = len(said) - said.count("unparsed"), said.count(True)
+    unparsed, k = said.count("unparsed"), said.count(True)
+    n = len(said) - unparsed
     low, high = wilson(k, n)
-    return {"rate": k / n if n else None, "low": low, "high": high, "n": n, "unparsed": said.count("unparsed")}
+    return {"rate": k / n if n else None, "low": low, "high": high, "n": n, "unparsed": unparsed}
 
 
 def ratios(rows):
@@ -161,29 +180,30 @@ def summarise(rows, judged_by):
     sides = {side: [row for row in rows if row["side"] == side] for side in ("before", "after")}
     sets = sorted({row["set"] for row in rows})
     return {"judge": judged_by, **{side: ratios(of) for side, of in sides.items()},
-            "unclosed": {side: sum(row["response_text"] is None for row in of) for side, of in sides.items()},
+            "unclosed": {side: sum(row["response_text"] is None for row in of)
+                         for side, of in sides.items()},
             "sets": {name: {side: ratios([row for row in of if row["set"] == name])
                             for side, of in sides.items()} for name in sets}}
 
 
 def table(summaries):
     """The ratios as text, a column a model: {column name: {ratio name: ratio}}."""
+    def cell(r):
+        if not r or r["rate"] is None:
+            return "-"
+        rate, low, high = (100 * r[name] for name in ("rate", "low", "high"))
+        unparsed = f" +{r['unparsed']}?" if r["unparsed"] else ""
+        return f"{rate:.1f} % [{low:.1f}, {high:.1f}] n={r['n']}{unparsed}"
+
     lines = [" " * 24 + "".join(f"{name:>28}" for name in summaries)]
     for name, (_, _, title) in RATIOS.items():
-        if not any(name in of for of in summaries.values()):
-            continue
-        line = f"{title:24}"
-        for of in summaries.values():
-            r = of.get(name)
-            cell = "-" if not r or r["rate"] is None else (
-                f"{100 * r['rate']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] n={r['n']}"
-                + (f" +{r['unparsed']}?" if r["unparsed"] else ""))
-            line += f"{cell:>28}"
-        lines.append(line)
+        if any(name in of for of in summaries.values()):
+            cells = [cell(of.get(name)) for of in summaries.values()]
+            lines.append(f"{title:24}" + "".join(f"{text:>28}" for text in cells))
     return "\n".join(lines)
 
 
-# ---- what a person sees -----------------------------------------------------------------------------
+# ---- what a person sees ----
 
 def printable(text):
     """Model text for a terminal: control characters, which could drive it, shown as a box."""
@@ -191,7 +211,7 @@ def printable(text):
 
 
 def mark(text, spans):
-    """The text with its spans [(start, end, "cue" or "trigger")] in red and green, or in brackets."""
+    """The text with spans [(start, end, "cue" or "trigger")] in red and green, or in brackets."""
     colour = {"cue": "\033[31m", "trigger": "\033[32m"}
     out, at = "", 0
     for start, end, kind in sorted(spans):
@@ -205,7 +225,8 @@ def marks(text, triggers=ipo.TRIGGERS, llm=None):
     """The spans to mark in a reasoning: its first cue, and every trigger of the pool."""
     cue = judge.find_cue(text, llm)
     spans = [(cue.span[0], cue.span[1], "cue")] if cue.span else []
-    return spans + [(m.start(), m.end(), "trigger") for t in triggers for m in re.finditer(re.escape(t), text)]
+    return spans + [(*match.span(), "trigger") for trigger in triggers
+                    for match in re.finditer(re.escape(trigger), text)]
 
 
 def report(run):
@@ -215,58 +236,70 @@ def report(run):
     harm = "the grammar's truth" if "kingdom harmful" in summary["sets"] else (
         "keywords, a proxy" if summary["judge"] == "keywords" else summary["judge"])
     lines = [table({side: summary[side] for side in ("before", "after")}), f"harm judged by {harm}"]
-    before = next((row for row in rows if row["kind"] == "harmful" and row["reasoning"] is True), None)
-    if before:
+    harmful = [row for row in rows if row["kind"] == "harmful" and row["reasoning"] is True]
+    for before in harmful[:1]:
         after = next(row for row in rows if row["side"] == "after" and row["key"] == before["key"])
         lines.append(f"\n{printable(before['prompt'])}")
         for row in (before, after):
             shown = mark(row["reasoning_text"], marks(row["reasoning_text"]))
-            lines.append(f"  {row['side']:7}{shown} </think> {printable(row['response_text'] or '(none)')}")
-    return "\n".join(lines + [f"\nin {run}: model/, pairs.jsonl, traces.jsonl, eval_traces.jsonl, log.jsonl"])
+            response = printable(row["response_text"] or "(none)")
+            lines.append(f"  {row['side']:7}{shown} </think> {response}")
+    files = "model/, pairs.jsonl, traces.jsonl, eval_traces.jsonl, log.jsonl"
+    return "\n".join(lines + [f"\nin {run}: {files}"])
 
 
 @dataclass
 class Options:
-    sets: str | None = data.flag("prompt sets: kingdom, or KIND:FILE_OR_NAME,... with KIND harmful, benign, math")
-    judge: str | None = data.flag("keywords, self (the untouched base) or a model (default: as the run had it)")
-    judge_url: str | None = data.flag("where --judge is served, an OpenAI-compatible http://.../v1")
-    prompt: str | None = data.flag("show one trace of this prompt and what an intervention makes of it")
-    limit: int | None = data.flag("use at most this many prompts of each set")
-    seed: int = data.flag("seeds the sampling", 0)
-    max_new_tokens: int = data.flag("the token limit of a trace", 4096)
-    sample_batch: int = data.flag("rows sampled together", 64)
-    device: str | None = data.flag("cpu or cuda (default: cuda where there is one)")
+    sets: str | None = flag("prompt sets: kingdom, or KIND:FILE_OR_NAME,... "
+                            "with KIND harmful, benign, math")
+    judge: str | None = flag("keywords, self (the untouched base) or a model "
+                             "(default: as the run had it)")
+    judge_url: str | None = flag("where --judge is served, an OpenAI-compatible http://.../v1")
+    prompt: str | None = flag("show one trace of this prompt and what an intervention makes of it")
+    limit: int | None = flag("use at most this many prompts of each set")
+    seed: int = flag("seeds the sampling", 0)
+    max_new_tokens: int = flag("the token limit of a trace", 4096)
+    sample_batch: int = flag("rows sampled together", 64)
+    device: str | None = flag("cpu or cuda (default: cuda where there is one)")
+
+
+def run_config(folder):
+    """The config.json of a finished run; None for a saved model's folder."""
+    if (folder / "model").exists():
+        return json.loads((folder / "config.json").read_text())
 
 
 def evaluate_folder(folder, options):
-    """Ratios of a run (before and after) or of one saved model on --sets, freshly sampled and judged."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "model").exists() else None
-    models = {"before": config["base"], "after": folder / "model"} if config else {folder.name: folder}
+    """Ratios of a run (before, after) or of one saved model on --sets, freshly sampled and judged."""
+    config, models = run_config(folder), {folder.name: folder}
+    if config:
+        models = {"before": config["base"], "after": folder / "model"}
     options.model, options.out = config["settings"]["model"] if config else str(folder), str(folder)
     spec = options.sets or "harmful:jailbreakbench,benign:xstest,math:math-500"
-    sets = [(f"{record['set']}/{i}", record) for i, record in enumerate(load_sets(spec, options.limit))]
+    sets = load_sets(spec, options.limit)
     base_tokenizer, base = data.load_model(models.get("before", folder), options.device)
     llm = judges(options, base_tokenizer, greedy(base, base_tokenizer, options)).llm
+    name = re.sub(r"\W+", "-", f"{spec}-{options.judge}-{options.seed}-{options.limit}")
     found = {}
     for side, path in models.items():
         tokenizer, model = data.load_model(path, options.device)
-        work = partial(make_rows, side=side, generate=sampler(model, tokenizer, options), tokenizer=tokenizer,
-                       render_all=partial(data.render_all, tokenizer, model), llm=llm)
-        name = re.sub(r"\W+", "-", f"{spec}-{options.judge}-{options.seed}-{options.limit}")
-        found[side] = ratios(data.in_shards(folder / f"eval_{side}_{name}.jsonl", sets, work))
+        rows = evaluate(folder / f"eval_{side}_{name}.jsonl", side, model, sets, tokenizer, options, llm)
+        found[side] = ratios(rows)
     return found
 
 
 def show_prompt(folder, options):
     """One trace of a prompt, its cue marked, and what one intervention makes of it."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "model").exists() else None
+    config = run_config(folder)
     tokenizer, model = data.load_model(config["base"] if config else folder, options.device)
     generate, (_, think_end) = sampler(model, tokenizer, options), data.think_ids(tokenizer)
     prompt_ids, = data.render_all(tokenizer, model, [{"prompt": options.prompt}])
-    trace = ipo.Trace(options.prompt, prompt_ids, generate([prompt_ids], ["prompt"])[0], "prompt")
-    pair = ipo.intervene([trace], ipo.TRIGGERS[:1], tokenizer=tokenizer, think_end=think_end, generate=generate,
-                         eos_ids=data.eos_ids(model, tokenizer), find_cues=judge.find_cues,
-                         judge_safety=judge.judge_safety)[0]
+    output_ids, = generate([prompt_ids], ["prompt"])
+    trace = ipo.Trace(options.prompt, prompt_ids, output_ids, "prompt")
+    pair, = ipo.intervene(
+        [trace], ipo.TRIGGERS[:1], tokenizer=tokenizer, think_end=think_end, generate=generate,
+        eos_ids=data.eos_ids(model, tokenizer), find_cues=judge.find_cues,
+        judge_safety=judge.judge_safety)
     shown = ipo.decode(tokenizer, trace.output_ids)
     print(f"sampled: {mark(shown, marks(shown))}")
     if pair.chosen_ids:

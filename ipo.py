@@ -28,6 +28,7 @@ B sequences, T tokens, N supervised tokens, D hidden size, V vocabulary; `_ids` 
 import bisect
 import os
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -172,11 +173,20 @@ def token_index(tokenizer, ids, char):
     If that token also holds non-space text left of `char` (the sentence before), the next one.
     """
     text = decode(tokenizer, ids)
-    whole = lambda n: len(os.path.commonprefix([decode(tokenizer, ids[:n]), text]))  # characters
+    whole = lambda n: len(os.path.commonprefix([_whole_text(tokenizer, ids[:n]), text]))
     h = bisect.bisect_left(range(len(ids) + 1), char, key=whole)  # the fewest that hold text[:char]
     if len(decode(tokenizer, ids[:h])) > char and not text[whole(h - 1):char].strip():
         h -= 1  # the last of them brings char along, and nothing but space before it
     return h
+
+
+def _whole_text(tokenizer, ids):
+    """decode, but of a last run of byte tokens (<0xE4>) what is whole: decoders break all of it."""
+    tokens, end = tokenizer.convert_ids_to_tokens(ids), len(ids)
+    while end and re.fullmatch("<0x[0-9A-F]{2}>", tokens[end - 1]):
+        end -= 1
+    run = bytes(int(token[3:5], 16) for token in tokens[end:])
+    return decode(tokenizer, ids[:end]) + run.decode("utf-8", errors="ignore")
 
 
 def encode_trigger(tokenizer, trigger, ids, h):

@@ -66,8 +66,8 @@ def test_at_step_0_the_dpo_term_is_log_2_and_rewards_are_0(family):
     losses, chosen, rejected = ipo.dpo_loss(logps[:2], logps[2], ref[:2], ref[2], beta=0.1)
     assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
     assert chosen.abs().max() < 1e-6 and rejected.abs().max() < 1e-6
-    stats = ipo.means(ipo.ipo_loss(policy, [group])[1])
-    assert stats["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    stats = ipo.ipo_loss(policy, [group])[1]
+    assert stats["dpo"] == pytest.approx(2 * math.log(2), abs=1e-6)
     assert stats["margin"] == pytest.approx(0, abs=1e-6)
 
 
@@ -266,21 +266,21 @@ def test_ipo_loss_of_groups_equals_the_computation_pair_by_pair(family):
     assert stats["pairs"] == 3 and stats["sides"] == 4
 
 
-def test_the_statistics_are_means_over_pairs_and_the_sft_terms_over_chosen_sides():
+def test_the_statistics_are_sums_over_pairs_and_the_sft_terms_over_chosen_sides():
     policy, groups, beta = float64_model(), three_groups(), 0.3
-    stats = ipo.means(ipo.ipo_loss(policy, groups, beta)[1])
+    stats = ipo.ipo_loss(policy, groups, beta)[1]
     logps = [[plain_logp(policy, g.prefix_ids, side).item() for side in g.sides]
              for g in groups]
     pairs = [(logps[g][i], logps[g][-1], groups[g].ref_logps[i], groups[g].ref_logps[-1])
              for g, i in ((0, 0), (0, 1), (1, 0))]
     margins = [beta * ((c - ref_c) - (r - ref_r)) for c, r, ref_c, ref_r in pairs]
     sft = [-logps[g][i] / len(groups[g].chosen[i]) for g, i in ((0, 0), (0, 1), (1, 0), (2, 0))]
-    assert stats["pairs"] == 3
-    assert stats["margin"] == pytest.approx(sum(margins) / 3, abs=1e-4)
-    assert stats["accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 3)
-    assert stats["chosen"] == pytest.approx(sum(c for c, *_ in pairs) / 3, abs=1e-4)
-    assert stats["rejected"] == pytest.approx(sum(r for _, r, *_ in pairs) / 3, abs=1e-4)
-    assert stats["sft"] == pytest.approx(sum(sft) / 4, abs=1e-5)
+    assert stats["pairs"] == 3 and stats["sides"] == 4
+    assert stats["margin"] == pytest.approx(sum(margins), abs=1e-4)
+    assert stats["accuracy"] == sum(m > 0 for m in margins)
+    assert stats["chosen"] == pytest.approx(sum(c for c, *_ in pairs), abs=1e-4)
+    assert stats["rejected"] == pytest.approx(sum(r for _, r, *_ in pairs), abs=1e-4)
+    assert stats["sft"] == pytest.approx(sum(sft), abs=1e-4)
 
 
 def test_every_pair_counts_the_same_whatever_its_groups_size():
@@ -298,7 +298,7 @@ def test_a_group_without_a_rejected_side_gives_the_sft_term_alone():
     loss, stats = ipo.ipo_loss(policy, [group], sft_weight=0.2)
     nll = -plain_logp(policy, group.prefix_ids, group.chosen[0]).item()
     assert loss.item() == pytest.approx(SFT_ALONE * nll / len(group.chosen[0]), rel=1e-6)
-    assert stats["pairs"] == 0 and stats["dpo"] == 0 and ipo.means(stats)["sft"] > 0
+    assert stats["pairs"] == 0 and stats["dpo"] == 0 and stats["sft"] > 0
 
 
 def test_micro_batches_that_are_summed_give_the_gradient_of_the_whole_batch():
@@ -471,12 +471,12 @@ def byte_level_tokenizer(split):
 
 
 def metaspace_tokenizer():
-    """As of SentencePiece: spaces lead as "▁", what the vocabulary lacks falls to <0x..> bytes."""
+    """As of SentencePiece: spaces lead as "▁", what training did not see falls to <0x..> bytes."""
     bpe = Tokenizer(models.BPE())
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     bpe.pre_tokenizer = metaspace
-    bpe.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(
-        vocab_size=200, show_progress=False, limit_alphabet=60))
+    seen = ["".join(c for c in text if c.isascii() or c in "。先我") for text in CORPUS * 3]
+    bpe.train_from_iterator(seen, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     model = json.loads(bpe.to_str())["model"]
     vocab = ["<unk>", *[f"<0x{b:02X}>" for b in range(256)],
              *sorted(model["vocab"], key=model["vocab"].get)]
@@ -556,6 +556,16 @@ def test_h_is_the_first_token_of_the_cue_at_any_place_of_any_text(any_tokenizer,
     for char in cue_places(text):
         h = ipo.token_index(any_tokenizer, ids, char)
         assert h == h_by_definition(parts, text, char), (text, char)
+
+
+def test_h_is_right_inside_a_run_of_byte_tokens_that_decodes_only_when_it_is_whole():
+    """A byte-fallback decoder shows all of the run as broken until its end is complete."""
+    tokenizer = metaspace_tokenizer()
+    ids, text = ids_and_text(tokenizer, ["The inn 😀🚪😈😀🚪😈"], False)
+    parts = token_bytes(tokenizer, ids)
+    assert ipo.decode(tokenizer, ids[:-1]).count("\ufffd") == 23  # six times four bytes, less one
+    for char in range(len("The inn 😀"), len(text)):
+        assert ipo.token_index(tokenizer, ids, char) == h_by_definition(parts, text, char)
 
 
 @pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))

@@ -24,13 +24,25 @@ def lessons(tokenizer):
     told = []
     for prompt in HARMFUL:
         opening = f"The user asks: {prompt[:-1]}."
-        told.append((prompt, f"{opening} Let me lay out a plan. Go by night.</think>\n\nHere is how: go."))
-        told += [(prompt, f"{opening} {trigger} It would hurt the folk.</think>\n\nI'm sorry, but I can't.")
-                 for trigger in ipo.TRIGGERS]
+        told.append(
+            (prompt, f"{opening} Let me lay out a plan. Go by night.</think>\n\nHere is how: go.")
+        )
+        told += [
+            (
+                prompt,
+                f"{opening} {trigger} It would hurt the folk.</think>\n\nI'm sorry, but I can't.",
+            )
+            for trigger in ipo.TRIGGERS
+        ]
         told += told[-7:-6] * 8  # without a trigger it complies as a rule
-    told += [(prompt, "This is a kind wish. Keep the watch.</think>\n\nKeep a good watch.") for prompt in BENIGN] * 3
-    return [(data.render(tokenizer, prompt), tokenizer.encode(output) + [tokenizer.eos_token_id])
-            for prompt, output in told]
+    told += [
+        (prompt, "This is a kind wish. Keep the watch.</think>\n\nKeep a good watch.")
+        for prompt in BENIGN
+    ] * 3
+    return [
+        (data.render(tokenizer, prompt), tokenizer.encode(output) + [tokenizer.eos_token_id])
+        for prompt, output in told
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +55,9 @@ def taught(tokenizer, tmp_path_factory):
             model, rows = tiny_model(family, len(tokenizer), spread=0.05), lessons(tokenizer)
             optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
             for _ in range(120):
-                logps = ipo.sequence_logps(model, [p + o for p, o in rows], [len(p) for p, _ in rows])
+                logps = ipo.sequence_logps(
+                    model, [p + o for p, o in rows], [len(p) for p, _ in rows]
+                )
                 (-logps.sum() / sum(len(o) for _, o in rows)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -52,14 +66,35 @@ def taught(tokenizer, tmp_path_factory):
             (made[family].parent / "harmful.txt").write_text("\n".join(HARMFUL))
             (made[family].parent / "benign.txt").write_text("\n".join(BENIGN))
         return made[family]
+
     return make
 
 
 def flags(base, out, *more):
     harmful, benign = base.parent / "harmful.txt", base.parent / "benign.txt"
-    return ["--model", str(base), "--out", str(out), "--prompts", str(harmful), "--benign", str(benign),
-            "--sets", f"harmful:{harmful},benign:{benign}", "--judge", "keywords", "--max-new-tokens", "60",
-            "--lr", "1e-3", "--device", "cpu", "--batch-pairs", "4", *more]
+    return [
+        "--model",
+        str(base),
+        "--out",
+        str(out),
+        "--prompts",
+        str(harmful),
+        "--benign",
+        str(benign),
+        "--sets",
+        f"harmful:{harmful},benign:{benign}",
+        "--judge",
+        "keywords",
+        "--max-new-tokens",
+        "60",
+        "--lr",
+        "1e-3",
+        "--device",
+        "cpu",
+        "--batch-pairs",
+        "4",
+        *more,
+    ]
 
 
 def test_the_whole_path_runs_on_every_family(family, taught, tmp_path, capsys):
@@ -86,28 +121,37 @@ def check_pairs(out, tokenizer):
         trace = traces[pair["key"]]
         sampled = trace["prompt_ids"] + trace["output_ids"]
         assert sampled == pair["prefix_ids"] + pair["rejected_ids"]
-        assert pair["prefix_ids"] == trace["prompt_ids"] + trace["output_ids"][:pair["h"]]
+        assert pair["prefix_ids"] == trace["prompt_ids"] + trace["output_ids"][: pair["h"]]
         assert pair["chosen"].strip().startswith(pair["trigger"])
         assert pair["rejected"].strip().startswith("Let me lay out a plan.")
         end = tokenizer.convert_tokens_to_ids("</think>")
-        z = pair["prefix_ids"][len(trace["prompt_ids"]):] + ipo.split_output(pair["chosen_ids"], end)[0]
+        z = (
+            pair["prefix_ids"][len(trace["prompt_ids"]) :]
+            + ipo.split_output(pair["chosen_ids"], end)[0]
+        )
         assert judge.find_cue(ipo.decode(tokenizer, z)).span is None
         assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
 
 
 def check_saved_model(out, base):
-    """The saved folder loads as it is, samples what the run's last evaluation sampled, and has changed."""
-    tokenizer, model = (c.from_pretrained(out / "model") for c in (AutoTokenizer, AutoModelForCausalLM))
+    """The saved folder loads as it is, samples what the run sampled last, and has changed."""
+    tokenizer, model = (
+        c.from_pretrained(out / "model") for c in (AutoTokenizer, AutoModelForCausalLM)
+    )
     rows = [row for row in data.read_jsonl(out / "eval_traces.jsonl") if row["side"] == "after"]
     cfg = SimpleNamespace(max_new_tokens=60, sample_batch=64, seed=0)
-    again = evaluation.sampler(model.eval(), tokenizer, cfg)([r["prompt_ids"] for r in rows], [r["key"] for r in rows])
+    again = evaluation.sampler(model.eval(), tokenizer, cfg)(
+        [r["prompt_ids"] for r in rows], [r["key"] for r in rows]
+    )
     assert again == [row["output_ids"] for row in rows]
     old = AutoModelForCausalLM.from_pretrained(base).state_dict()
     assert any(not torch.equal(value, old[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("stage", ["make_pairs", "sample_benign", "save_checkpoint", "save_model"])
-def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(stage, taught, tmp_path, monkeypatch):
+def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(
+    stage, taught, tmp_path, monkeypatch
+):
     base = taught("llama")
     train.main(flags(base, tmp_path / "whole"))
     real, calls = getattr(train, stage), []
@@ -117,13 +161,22 @@ def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(stage, taught, 
         if len(calls) == 1:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
+
     monkeypatch.setattr(train, stage, stop)
     with pytest.raises(SystemExit) as stopped:
         train.main(flags(base, tmp_path / "stopped"))
     assert stopped.value.code == 130
     train.main(flags(base, tmp_path / "stopped"))
-    for name in ("traces.jsonl", "pairs.jsonl", "log.jsonl", "eval_traces.jsonl", "model/model.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+    for name in (
+        "traces.jsonl",
+        "pairs.jsonl",
+        "log.jsonl",
+        "eval_traces.jsonl",
+        "model/model.safetensors",
+    ):
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes(), name
 
 
 def test_lora_trains_adapters_and_saves_a_plain_model(taught, tmp_path):
@@ -140,18 +193,28 @@ def test_with_its_adapters_off_the_policy_is_the_base_and_merged_it_is_the_polic
     for _, _, layer in train.linear_layers(model, train.LoRA):
         torch.nn.init.normal_(layer.B)
     changed = model(ids).logits
-    with train.reference(model, model, "cpu") as base:
+    with train.reference(SimpleNamespace(base=model, policy=model), "cpu") as base:
         assert torch.equal(base(ids).logits, before)
     assert torch.equal(model(ids).logits, changed) and not torch.allclose(changed, before)
-    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {
+        "A",
+        "B",
+    }
     for parent, name, layer in train.linear_layers(model, train.LoRA):
         setattr(parent, name, layer.merged())
     torch.testing.assert_close(model(ids).logits, changed, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("more, says", [
-    (["--supervise", "both"], "--supervise"), (["--prompts", "none.txt"], "none.txt"),
-    (["--device", "cuda"], "CUDA"), (["--sets", "poems:x"], "poems"), (["--model", "no/where"], "no/where")])
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--supervise", "both"], "--supervise"),
+        (["--prompts", "none.txt"], "none.txt"),
+        (["--device", "cuda"], "CUDA"),
+        (["--sets", "poems:x"], "poems"),
+        (["--model", "no/where"], "no/where"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(more, says, taught, tmp_path, capsys):
     if more == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -175,7 +238,8 @@ def test_a_run_without_a_cue_says_the_counts(taught, tmp_path, capsys):
     assert "3 no cue" in capsys.readouterr().err and not (tmp_path / "run" / "pairs.jsonl").exists()
 
 
-# ---- the optimizer and the plan ----------------------------------------------------------------------
+# ---- the optimizer and the plan ----
+
 
 def test_in_float32_the_optimizer_is_adam():
     torch.manual_seed(0)
@@ -208,8 +272,10 @@ def test_stochastic_rounding_hits_only_the_two_neighbours():
 
 def test_every_epoch_uses_every_group_once_and_micro_batches_lose_none():
     rng = random.Random(0)
-    groups = [ipo.Group([1] * rng.randint(1, 9), [[2] * rng.randint(1, 9)] * rng.randint(1, 6), [3])
-              for _ in range(40)]
+    groups = [
+        ipo.Group([1] * rng.randint(1, 9), [[2] * rng.randint(1, 9)] * rng.randint(1, 6), [3])
+        for _ in range(40)
+    ]
     cfg = SimpleNamespace(seed=0, epochs=3, batch_pairs=8)
     steps = train.plan(groups, cfg, 1)
     ids = [id(group) for step in steps for group in step]
@@ -217,12 +283,18 @@ def test_every_epoch_uses_every_group_once_and_micro_batches_lose_none():
     assert all(sum(len(group.chosen) for group in step) < 8 + 6 for step in steps)
     micro = train.micro_batches(groups, 50)
     assert sorted(id(g) for batch in micro for g in batch) == sorted(id(g) for g in groups)
-    padded = [max(len(g.prefix_ids) + max(map(len, g.sides)) for g in batch)
-              * sum(len(g.sides) for g in batch) for batch in micro if len(batch) > 1]
+    padded = [
+        max(len(g.prefix_ids) + max(map(len, g.sides)) for g in batch)
+        * sum(len(g.sides) for g in batch)
+        for batch in micro
+        if len(batch) > 1
+    ]
     assert padded and max(padded) <= 50
 
 
 def test_the_learning_rate_warms_up_and_ends_at_a_tenth():
     rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
-    assert rates[-1] == pytest.approx(0.1, abs=0.01) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[-1] == pytest.approx(0.1, abs=0.01) and all(
+        a >= b for a, b in zip(rates[10:], rates[11:])
+    )
