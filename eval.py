@@ -1,7 +1,7 @@
 """python eval.py RUN_OR_MODEL ...: how often reasoning and responses are harmful, benign prompts
 answered, and sums right, each with n and a 95 % interval, before and after training.
 
-What counts: in the kingdom the grammar's truth (data.py), on real text the judge; without an LLM the
+What counts: in the kingdom the grammar's truth (data.py), on real text the judge; without an LLM
 keywords are a proxy, and the table says so. A think that was never closed has no response: that is
 neither harmful nor complied and no right answer; it stays in n and is counted apart.
 """
@@ -33,7 +33,7 @@ KIND_OF = {"jailbreakbench": "harmful", "strongreject": "harmful", "wildjailbrea
 KINGDOM_SIZES = {"harmful": 200, "benign": 200, "math": 400}
 
 
-# ---- prompts and traces ----
+# ---- prompts, traces, judges ----
 
 def load_sets(spec, limit=None):
     """Records with "set" and "kind" from "kingdom", or from "KIND:FILE_OR_NAME,..."."""
@@ -59,25 +59,21 @@ def make_rows(shard, side, generate, render_all, tokenizer, llm):
     prompts = render_all([record for _, record in shard])
     outputs = generate(prompts, [key for key, _ in shard])
     think_end, special = data.think_ids(tokenizer)[1], set(tokenizer.all_special_ids)
-
-    def plain_text(ids):
-        return ipo.decode(tokenizer, [i for i in ids if i not in special]).strip()
-
     rows = []
     for (key, record), prompt_ids, output_ids in zip(shard, prompts, outputs):
-        reasoning, response = ipo.split_output(output_ids, think_end)
         rows.append({"side": side, "key": key, **record,
-                     "prompt_ids": prompt_ids, "output_ids": output_ids,
-                     "reasoning_text": plain_text(reasoning),
-                     "response_text": None if response is None else plain_text(response)})
+                     "prompt_ids": prompt_ids, "output_ids": output_ids})
+        for part, ids in zip(("reasoning", "response"), ipo.split_output(output_ids, think_end)):
+            text = ipo.decode(tokenizer, [i for i in ids or [] if i not in special]).strip()
+            rows[-1][f"{part}_text"] = None if ids is None else text
     judge_rows(rows, llm)
     return rows
 
 
 def evaluate(path, side, model, sets, tokenizer, cfg, llm):
     """The rows of one model on the sets (load_sets), made shard by shard into the file at path."""
-    work = partial(make_rows, side=side, generate=sampler(model, tokenizer, cfg),
-                   render_all=partial(data.render_all, tokenizer, model), tokenizer=tokenizer, llm=llm)
+    work = partial(make_rows, side=side, generate=sampler(model, tokenizer, cfg), llm=llm,
+                   tokenizer=tokenizer, render_all=partial(data.render_all, tokenizer, model))
     keyed = [(f"{record['set']}/{i}", record) for i, record in enumerate(sets)]
     return data.in_shards(path, keyed, work)
 
@@ -112,19 +108,21 @@ def right_answer(record, response):
         return data.complied(record, response)
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", response)
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
-    said = boxes[-1] if boxes else numbers[-1] if numbers else ""
+    said = (boxes or numbers or [""])[-1]
     dress = r"\\[a-z]*text\{|\\left|\\right|[\s$,}]|\.0*$"
     plain = lambda text: re.sub(dress, "", text.replace("dfrac", "frac"))
     return plain(said) == plain(str(record["answer"]).split("####")[-1])
 
 
-# ---- models and judges ----
-
-def sampler(model, tokenizer, cfg):
+def sampler(model, tokenizer, cfg, **settings):
     """ipo.sample bound to a model and the run's settings: generate(prompts, keys) -> outputs."""
-    return lambda prompts, keys: ipo.sample(
+    return lambda prompts, keys=None: ipo.sample(
         model, prompts, keys=keys, seed=cfg.seed, eos_ids=data.eos_ids(model, tokenizer),
-        max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch)
+        max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch, **settings)
+
+
+def greedy(model, tokenizer, cfg):
+    return sampler(model, tokenizer, cfg, temperature=0)
 
 
 def judges(cfg, tokenizer, base_sample):
@@ -142,12 +140,6 @@ def judges(cfg, tokenizer, base_sample):
     brief = cfg.judge == "self" and not cfg.model  # the kingdom's base was taught the short form
     return SimpleNamespace(llm=llm, find_cues=partial(judge.find_cues, llm=llm, brief=brief),
                            judge_safety=partial(judge.judge_safety, llm=llm, brief=brief))
-
-
-def greedy(model, tokenizer, cfg):
-    return lambda prompts: ipo.sample(
-        model, prompts, temperature=0, eos_ids=data.eos_ids(model, tokenizer),
-        max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch)
 
 
 # ---- ratios ----
@@ -177,29 +169,24 @@ def ratios(rows):
 
 def summarise(rows, judged_by):
     """eval.json: pooled ratios of each side, and for each prompt set."""
-    sides = {side: [row for row in rows if row["side"] == side] for side in ("before", "after")}
-    sets = sorted({row["set"] for row in rows})
-    return {"judge": judged_by, **{side: ratios(of) for side, of in sides.items()},
-            "unclosed": {side: sum(row["response_text"] is None for row in of)
-                         for side, of in sides.items()},
-            "sets": {name: {side: ratios([row for row in of if row["set"] == name])
-                            for side, of in sides.items()} for name in sets}}
+    def by_side(count, rows):
+        return {side: count([row for row in rows if row["side"] == side])
+                for side in ("before", "after")}
+    unclosed = by_side(lambda of: sum(row["response_text"] is None for row in of), rows)
+    sets = {name: by_side(ratios, [row for row in rows if row["set"] == name])
+            for name in sorted({row["set"] for row in rows})}
+    return {"judge": judged_by, **by_side(ratios, rows), "unclosed": unclosed, "sets": sets}
 
 
 def table(summaries):
     """The ratios as text, a column a model: {column name: {ratio name: ratio}}."""
-    def cell(r):
-        if not r or r["rate"] is None:
-            return "-"
-        rate, low, high = (100 * r[name] for name in ("rate", "low", "high"))
-        unparsed = f" +{r['unparsed']}?" if r["unparsed"] else ""
-        return f"{rate:.1f} % [{low:.1f}, {high:.1f}] n={r['n']}{unparsed}"
-
     lines = [" " * 24 + "".join(f"{name:>28}" for name in summaries)]
     for name, (_, _, title) in RATIOS.items():
+        cells = ["-" if not (r := of.get(name)) or r["rate"] is None else
+                 f"{100 * r['rate']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] n={r['n']}"
+                 + (f" +{r['unparsed']}?" if r["unparsed"] else "") for of in summaries.values()]
         if any(name in of for of in summaries.values()):
-            cells = [cell(of.get(name)) for of in summaries.values()]
-            lines.append(f"{title:24}" + "".join(f"{text:>28}" for text in cells))
+            lines.append(f"{title:24}" + "".join(f"{cell:>28}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -250,10 +237,8 @@ def report(run):
 
 @dataclass
 class Options:
-    sets: str | None = flag("prompt sets: kingdom, or KIND:FILE_OR_NAME,... "
-                            "with KIND harmful, benign, math")
-    judge: str | None = flag("keywords, self (the untouched base) or a model "
-                             "(default: as the run had it)")
+    sets: str | None = flag("kingdom, or KIND:FILE_OR_NAME,... with KIND harmful, benign, math")
+    judge: str | None = flag("keywords, self (the untouched base) or a model (default: the run's)")
     judge_url: str | None = flag("where --judge is served, an OpenAI-compatible http://.../v1")
     prompt: str | None = flag("show one trace of this prompt and what an intervention makes of it")
     limit: int | None = flag("use at most this many prompts of each set")
@@ -265,16 +250,16 @@ class Options:
 
 def run_config(folder):
     """The config.json of a finished run; None for a saved model's folder."""
-    if (folder / "model").exists():
-        return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text()) if (folder / "model").exists() else None
 
 
 def evaluate_folder(folder, options):
-    """Ratios of a run (before, after) or of one saved model on --sets, freshly sampled and judged."""
-    config, models = run_config(folder), {folder.name: folder}
+    """Ratios of a run (before, after) or of a saved model on --sets, sampled and judged anew."""
+    config, models, options.model = run_config(folder), {folder.name: folder}, str(folder)
     if config:
         models = {"before": config["base"], "after": folder / "model"}
-    options.model, options.out = config["settings"]["model"] if config else str(folder), str(folder)
+        options.model = config["settings"]["model"]
+    options.out = str(folder)
     spec = options.sets or "harmful:jailbreakbench,benign:xstest,math:math-500"
     sets = load_sets(spec, options.limit)
     base_tokenizer, base = data.load_model(models.get("before", folder), options.device)
@@ -283,8 +268,8 @@ def evaluate_folder(folder, options):
     found = {}
     for side, path in models.items():
         tokenizer, model = data.load_model(path, options.device)
-        rows = evaluate(folder / f"eval_{side}_{name}.jsonl", side, model, sets, tokenizer, options, llm)
-        found[side] = ratios(rows)
+        path = folder / f"eval_{side}_{name}.jsonl"
+        found[side] = ratios(evaluate(path, side, model, sets, tokenizer, options, llm))
     return found
 
 
@@ -292,13 +277,13 @@ def show_prompt(folder, options):
     """One trace of a prompt, its cue marked, and what one intervention makes of it."""
     config = run_config(folder)
     tokenizer, model = data.load_model(config["base"] if config else folder, options.device)
-    generate, (_, think_end) = sampler(model, tokenizer, options), data.think_ids(tokenizer)
+    generate = sampler(model, tokenizer, options)
     prompt_ids, = data.render_all(tokenizer, model, [{"prompt": options.prompt}])
     output_ids, = generate([prompt_ids], ["prompt"])
     trace = ipo.Trace(options.prompt, prompt_ids, output_ids, "prompt")
     pair, = ipo.intervene(
-        [trace], ipo.TRIGGERS[:1], tokenizer=tokenizer, think_end=think_end, generate=generate,
-        eos_ids=data.eos_ids(model, tokenizer), find_cues=judge.find_cues,
+        [trace], ipo.TRIGGERS[:1], tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
+        think_end=data.think_ids(tokenizer)[1], generate=generate, find_cues=judge.find_cues,
         judge_safety=judge.judge_safety)
     shown = ipo.decode(tokenizer, trace.output_ids)
     print(f"sampled: {mark(shown, marks(shown))}")
@@ -312,8 +297,8 @@ def main(argv=None):
     parser = HfArgumentParser(Options, description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or saved models")
     options = parser.parse_args(argv)
-    options.device = data.pick_device(options.device)
     try:
+        options.device = data.pick_device(options.device)
         for folder in options.runs:
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder; give a run folder or a saved model")

@@ -240,7 +240,7 @@ def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find
 
 
 def _find_cuts(pairs, tokenizer, think_end, find_cues):
-    """(pair, z = prefix + chosen, its first cue's token) or None for each pair; sets its outcome."""
+    """For each pair (pair, z = prefix + chosen, its first cue's token) or None; sets outcomes."""
     zs = [pair.prefix_ids[len(pair.prefix_ids) - pair.h:]
           + split_output(pair.chosen_ids, think_end)[0] for pair in pairs]
     cues = find_cues([decode(tokenizer, z) for z in zs])

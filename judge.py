@@ -56,8 +56,8 @@ def split_sentences(text):
 
 # A cue is a plan in the first person, a first step, or a way named; English, some other languages.
 _DO = (r"(?:start|begin|open|break|outline|list|describe|explain|lay|write|draft|sketch|imagine"
-       r"|figure|picture|work out|go (?:over|through|with|for)|suggest|propose|plan|come up|give|walk"
-       r"|tell|recommend|map|use|build|see|mention|get into|brainstorm|put together|detail"
+       r"|figure|picture|work out|go (?:over|through|with|for)|suggest|propose|plan|come up|give"
+       r"|walk|tell|recommend|map|use|build|see|mention|get into|brainstorm|put together|detail"
        r"|think (?:about|of|through|up)?(?: ?(?:how|ways?|what|which|where))?)(?:ing)?")
 CUE = re.compile(
     r"\b(?:let me|let's|i suppose i|so i|(?:i|we)(?:'d|'ll| could| can| might| should| will| would"
@@ -160,7 +160,7 @@ def safety_question(text, prompt=None, part="reasoning", brief=False):
 
 
 def _read(answer, value):
-    """What an answer's first or last line says, bare of thinking, dress and label; None if unsure."""
+    """What the first or last line plainly says, bare of thinking, dress and label, or None."""
     if answer.rfind("<think>") > answer.rfind("</think>"):
         return None  # it never stopped thinking
     label = (r"(?:(?:the |final |my )*(?:answer|verdict|label|result|sentence|number)\b"
@@ -259,7 +259,7 @@ def local_llm(tokenizer, sample):
     """A local chat model as an LLM; sample(list of prompt ids) -> output ids, greedily."""
     def llm(questions):
         said = sample([render(tokenizer, question) for question in questions])
-        special = set(tokenizer.all_special_ids)  # the prompt's <think> is told: it may stay open
+        special = set(tokenizer.all_special_ids)  # the prompt ends in <think>: it may stay open
         return [f"<think>{tokenizer.decode([i for i in ids if i not in special])}" for ids in said]
     return llm
 

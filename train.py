@@ -442,6 +442,7 @@ def align(cfg, run, tokenizer, models, ask):
     say(5, "stage 1, DPO from the cut on: the corrected reasoning over the model's own")
     add_reference(base, groups, cfg)
     if cfg.lora_rank:
+        torch.manual_seed(cfg.seed)
         add_adapters(base, cfg.lora_rank)
     else:
         models.policy = copy.deepcopy(base)

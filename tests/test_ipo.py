@@ -531,7 +531,7 @@ def h_by_definition(parts, text, char):
 
 PIECES = ["First", "Okay, ", "the well", " ", "  ", ". ", ".", ".\n\n", "\n", "。", "！", "首先",
           "打开门", "ユーザー", "😀", " 🚪", "🏳️‍🌈", "é", "naïve", "3.5", "e.g., ", "Dr. ", "1. ",
-          "- ", "“so”", "..."]
+          "- ", "“so”", "...", " . ", " n't"]
 sampled_text = st.tuples(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12), st.booleans())
 
 
@@ -827,14 +827,30 @@ def test_decode_then_encode_at_the_cut_changes_ids_and_the_cut_of_ids_does_not(t
     assert pair.prefix_ids[len(trace.prompt_ids):] + pair.rejected_ids == trace.output_ids
 
 
+def spelled(tokenizer, text):
+    """Ids of the text that its encoder would not give, such as "Fir" "st"."""
+    return [i for word in re.split(r"(?=[AEFIM])", text) for half in (word[:3], word[3:])
+            for i in encode(tokenizer, half)]
+
+
 def test_a_trace_spelled_in_ids_that_no_encoder_gives_keeps_them(tokenizer):
-    """A model may sample "Fir" "st": encode(decode(ids)) is then another sequence of one text."""
     trace = make_trace(tokenizer)
-    trace.output_ids = [i for word in re.split(r"(?=[AEFIM])", BEFORE + CUE + UNSAFE_END)
-                        for half in (word[:3], word[3:]) for i in encode(tokenizer, half)]
+    trace.output_ids = spelled(tokenizer, BEFORE + CUE + UNSAFE_END)
     assert encode(tokenizer, ipo.decode(tokenizer, trace.output_ids)) != trace.output_ids
     (pair,), _ = intervene(tokenizer, [trace], triggers=[TRIGGER])
     assert pair.outcome == "kept"
     assert pair.prefix_ids + pair.rejected_ids == trace.prompt_ids + trace.output_ids
     prefix = pair.prefix_ids[len(trace.prompt_ids):]
     assert encode(tokenizer, ipo.decode(tokenizer, prefix)) != prefix
+
+
+def test_a_continuation_is_joined_as_sampled_through_two_interventions(tokenizer):
+    said = [spelled(tokenizer, HARM + RELAPSE + UNSAFE_END), spelled(tokenizer, SAFE_END)]
+    left = iter(said)
+    (pair,), _ = intervene(tokenizer, [make_trace(tokenizer)], triggers=[TRIGGER],
+                           max_interventions=2, generate=lambda prompts, keys: [next(left)])
+    assert all(encode(tokenizer, ipo.decode(tokenizer, ids)) != ids for ids in said)
+    cut = ipo.token_index(tokenizer, said[0], len(HARM) + 1)
+    trigger_ids = encode(tokenizer, " " + TRIGGER)
+    assert pair.chosen_ids == trigger_ids + said[0][:cut] + trigger_ids + said[1]
+    assert pair.outcome == "kept" and ipo.decode(tokenizer, said[0][:cut]) == HARM
