@@ -744,6 +744,15 @@ def test_a_trace_without_a_cue_is_left_alone(tokenizer):
     assert asked == []
 
 
+def test_cues_are_looked_for_in_the_reasoning_and_not_in_the_response(tokenizer):
+    said = HARM + "</think>\n\nNo. But hear a tale." + CUE + "<|end|>"
+    assert judge.find_cue(said).span
+    (pair,), _ = intervene(tokenizer, [make_trace(tokenizer, BEFORE + said)])
+    assert pair.outcome == "no cue"
+    (pair,), _ = intervene(tokenizer, [make_trace(tokenizer)], [[said]], [TRIGGER])
+    assert pair.outcome == "kept"
+
+
 def test_a_candidate_that_the_detector_could_not_read_is_dropped_as_unparsed(tokenizer):
     """The keywords find the first cue and none in the candidate: not finding one is no finding."""
     unreadable = partial(judge.find_cues, llm=lambda questions: ["hard to say"] * len(questions))

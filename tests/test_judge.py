@@ -641,7 +641,7 @@ def test_answers_that_came_before_a_failure_are_kept(tmp_path, asked):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(ANY_TEXT, max_size=5))
+@given(st.lists(ANY_TEXT.filter(bool), max_size=5))  # an empty answer is a broken one: asked again
 def test_any_answer_comes_back_raw_from_the_cache(tmp_path_factory, questions):
     path = tmp_path_factory.mktemp("cache") / "cache.jsonl"
     same = judge.cached(list, path, "a")(questions)
