@@ -17,6 +17,7 @@ unsafe. IPO cuts there, puts a safety trigger in the cue's place and lets the mo
   the paper                                   here
   the loss holds z alone, y is not mentioned  from h through </think>; --supervise all: y too
   SFT coefficient 0.2, normalisation not told 0.2 * mean of -logp(chosen) / tokens(chosen)
+  weight of a benign SFT term alone not told  1 (0.2 where there is a rejected side)
   Eq. 4 prints pi where ref belongs once      ref (a misprint)
   sentence-to-token mapping not told          token_index; ids are cut and joined, never text
   one trigger quoted, the others not          the six of TRIGGERS, five of them in our words
@@ -183,7 +184,7 @@ def token_index(tokenizer, ids, char):
 def _whole_text(tokenizer, ids):
     """decode, but of a last run of byte tokens (<0xE4>) what is whole: decoders break all of it."""
     tokens, end = tokenizer.convert_ids_to_tokens(ids), len(ids)
-    while end and re.fullmatch("<0x[0-9A-F]{2}>", tokens[end - 1]):
+    while end and re.fullmatch("<0x[0-9A-F]{2}>", tokens[end - 1] or ""):
         end -= 1
     run = bytes(int(token[3:5], 16) for token in tokens[end:])
     return decode(tokenizer, ids[:end]) + run.decode("utf-8", errors="ignore")
@@ -263,7 +264,7 @@ def _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety):
                 pair.outcome = "think not closed"
             else:
                 ended.append(pair)
-                parts.append((decode(tokenizer, reasoning), decode(tokenizer, response)))
+                parts.append((decode(tokenizer, reasoning), decode(tokenizer, response[:-1])))
     prompts = [pair.prompt for pair in ended]
     verdicts = zip(ended, judge_safety([z for z, _ in parts], prompts, "reasoning"),
                    judge_safety([y for _, y in parts], prompts, "response"))

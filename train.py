@@ -75,26 +75,28 @@ BASE_STEPS, BASE_BATCH, BASE_LR = 1300, 16, 5e-3  # the kingdom's base model
 
 # ---- the run folder ----
 
-def open_run(cfg, base):
-    """The run folder, its config.json written or compared: a folder made otherwise is refused."""
-    run = Path(cfg.out)
-    settings, path = asdict(cfg), run / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text())["settings"]
+def check_run(cfg):
+    """The run folder; one that was made with other settings is refused."""
+    run, settings = Path(cfg.out), asdict(cfg)
+    if (run / "config.json").exists():
+        old = json.loads((run / "config.json").read_text())["settings"]
         differ = ", ".join(f"{name}={old.get(name)} (now {value})"
                            for name, value in settings.items()
                            if name != "out" and old.get(name) != value)
         if differ:
             raise UserError(f"{run} was made with other settings: {differ}; give another --out")
-    else:
-        run.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
-        made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
-                   "commit": git.stdout.strip(), "device": cfg.device}
-        config = {"settings": settings, "made_by": made_by, "base": str(base)}
-        data.write_text(path, json.dumps(config, indent=1))
     return run
+
+
+def write_config(cfg, run):
+    """config.json: the settings, and what they ran on. Written when all inputs have been read."""
+    run.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
+    made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
+               "commit": git.stdout.strip(), "device": cfg.device}
+    config = {"settings": asdict(cfg), "made_by": made_by, "base": str(base_folder(cfg))}
+    data.write_text(run / "config.json", json.dumps(config, indent=1))
 
 
 # ---- models ----
@@ -152,8 +154,8 @@ def base_folder(cfg):
 # ---- adapters and the optimizer ----
 
 class LoRA(torch.nn.Module):
-    """A frozen linear layer and a float32 adapter of rank r: W x + (alpha / r) B A x, alpha = 2r."""
-    scale = 2.0
+    """A frozen linear layer and a float32 adapter of rank r: W x + (alpha / r) B A x."""
+    scale = 2.0  # alpha / r
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -427,10 +429,9 @@ def training_prompts(cfg):
             for kind, records in (("harmful", harmful), ("benign", benign))]
 
 
-def align(cfg, run, tokenizer, models, ask):
+def align(cfg, run, tokenizer, models, ask, harmful, benign):
     """Steps 1 to 6: traces, pairs, both stages of training; the policy ends in models.policy."""
     base, think_end = models.base, data.think_ids(tokenizer)[1]
-    harmful, benign = training_prompts(cfg)
     say("1-4", "sampling the base on harmful prompts, cutting at the first cue, six triggers each")
     work = partial(make_pairs, model=base, tokenizer=tokenizer, cfg=cfg, ask=ask)
     traces = data.in_shards(run / "traces.jsonl", harmful, work)
@@ -462,12 +463,10 @@ def align(cfg, run, tokenizer, models, ask):
 
 def run_all(cfg):
     """The whole method; every stage finds what an earlier, stopped run has finished."""
-    run = open_run(cfg, base_folder(cfg))
+    run = check_run(cfg)
     if (run / "eval.json").exists():
         return print(evaluation.report(run))
-    if cfg.model:
-        print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
-    elif not base_folder(cfg).exists():
+    if not cfg.model and not base_folder(cfg).exists():
         say(0, f"training the kingdom's small base model, once, into {base_folder(cfg)}")
         build_base(cfg.seed, cfg.device, base_folder(cfg))
     tokenizer, base = data.load_model(base_folder(cfg), cfg.device)
@@ -479,10 +478,16 @@ def run_all(cfg):
 
     ask = evaluation.judges(cfg, tokenizer, base_sample)
     sets, rows = evaluation.load_sets(cfg.sets, cfg.limit), []
+    harmful, benign = training_prompts(cfg)
+    data.render_all(tokenizer, base, sets + [record for _, record in harmful + benign])
+    if not (run / "config.json").exists():
+        write_config(cfg, run)
+    if cfg.model:
+        print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
     evaluate = partial(evaluation.evaluate, sets=sets, tokenizer=tokenizer, cfg=cfg, llm=ask.llm)
     say("-", "before: the base on held-out prompts")
     rows += evaluate(run / "eval_before.jsonl", "before", base)
-    align(cfg, run, tokenizer, models, ask)
+    align(cfg, run, tokenizer, models, ask, harmful, benign)
     say("-", "after: the same prompts and seeds")
     rows += evaluate(run / "eval_after.jsonl", "after", models.policy)
     for parent, name, layer in linear_layers(models.policy, LoRA):

@@ -22,6 +22,8 @@ import data
 import ipo
 import judge
 
+torch.set_num_threads(1)  # the models are tiny, and two threads wait for each other
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

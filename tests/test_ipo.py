@@ -97,6 +97,13 @@ def test_dpo_loss_and_its_gradient_stay_finite_and_pull_the_two_sides_apart(extr
 
 # ---- which ids are supervised --------------------------------------------------------------------
 
+def test_the_reasoning_ends_at_the_first_think_end_and_without_one_there_is_no_response():
+    twice = [11, THINK_END, 12, THINK_END, 0]
+    assert ipo.split_output(twice, THINK_END) == ([11], [12, THINK_END, 0])
+    assert ipo.split_output([11, THINK_END], THINK_END) == ([11], [])
+    assert ipo.split_output([11, 0], THINK_END) == ([11, 0], None)
+
+
 @pytest.mark.parametrize("ids, reasoning, everything", [
     ([11, 12, THINK_END, 13, 0], [11, 12, THINK_END], [11, 12, THINK_END, 13, 0]),
     ([11, THINK_END, 12, THINK_END, 0], [11, THINK_END], [11, THINK_END, 12, THINK_END, 0]),

@@ -222,10 +222,20 @@ def test_bad_input_is_one_line_and_status_2(more, says, taught, tmp_path, capsys
         train.main(flags(taught("llama"), tmp_path / "run", *more))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert ended.value.code == 2 and len(said) == 1 and says in said[0]
+    assert not (tmp_path / "run").exists(), "nothing half-written: the mended command can run"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_written(
+    taught, tmp_path, capsys
+):
+    (tmp_path / "long.txt").write_text("How? " * 600)
+    with pytest.raises(SystemExit):
+        train.main(flags(taught("llama"), tmp_path / "run", "--prompts", str(tmp_path / "long.txt")))
+    assert "context of 512" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_folder_made_with_other_settings_is_refused_by_name(taught, tmp_path, capsys):
-    train.open_run(train.parse(flags(taught("llama"), tmp_path / "run")), "base")
+    train.write_config(train.parse(flags(taught("llama"), tmp_path / "run")), tmp_path / "run")
     with pytest.raises(SystemExit):
         train.main(flags(taught("llama"), tmp_path / "run", "--seed", "5"))
     assert "seed=0 (now 5)" in capsys.readouterr().err
