@@ -95,7 +95,9 @@ def write_config(cfg, run):
                          capture_output=True, text=True)
     made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
                "commit": git.stdout.strip(), "device": cfg.device}
-    config = {"settings": asdict(cfg), "made_by": made_by, "base": str(base_folder(cfg))}
+    base = base_folder(cfg)  # a folder is kept by its full path, so that eval.py runs from anywhere
+    base = str(Path(base).resolve() if Path(base).exists() else base)
+    config = {"settings": asdict(cfg), "made_by": made_by, "base": base}
     data.write_text(run / "config.json", json.dumps(config, indent=1))
 
 
