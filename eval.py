@@ -54,16 +54,23 @@ def load_sets(spec, limit=None):
     return records
 
 
-def make_rows(shard, side, generate, render_all, tokenizer, llm):
+def rollouts(shard, model, tokenizer, cfg):
+    """A Trace of each (key, record) of the shard."""
+    prompts = data.render_all(tokenizer, model, [record for _, record in shard])
+    outputs = sampler(model, tokenizer, cfg)(prompts, [key for key, _ in shard])
+    return [ipo.Trace(record["prompt"], prompt_ids, output_ids, key)
+            for (key, record), prompt_ids, output_ids in zip(shard, prompts, outputs)]
+
+
+def make_rows(shard, side, model, tokenizer, cfg, llm):
     """For each (key, record) of the shard a trace and its verdicts: rows of eval_traces.jsonl."""
-    prompts = render_all([record for _, record in shard])
-    outputs = generate(prompts, [key for key, _ in shard])
     think_end, special = data.think_ids(tokenizer)[1], set(tokenizer.all_special_ids)
     rows = []
-    for (key, record), prompt_ids, output_ids in zip(shard, prompts, outputs):
+    for (key, record), trace in zip(shard, rollouts(shard, model, tokenizer, cfg)):
         rows.append({"side": side, "key": key, **record,
-                     "prompt_ids": prompt_ids, "output_ids": output_ids})
-        for part, ids in zip(("reasoning", "response"), ipo.split_output(output_ids, think_end)):
+                     "prompt_ids": trace.prompt_ids, "output_ids": trace.output_ids})
+        parts = ipo.split_output(trace.output_ids, think_end)
+        for part, ids in zip(("reasoning", "response"), parts):
             text = ipo.decode(tokenizer, [i for i in ids or [] if i not in special]).strip()
             rows[-1][f"{part}_text"] = None if ids is None else text
     judge_rows(rows, llm)
@@ -72,8 +79,7 @@ def make_rows(shard, side, generate, render_all, tokenizer, llm):
 
 def evaluate(path, side, model, sets, tokenizer, cfg, llm):
     """The rows of one model on the sets (load_sets), made shard by shard into the file at path."""
-    work = partial(make_rows, side=side, generate=sampler(model, tokenizer, cfg), llm=llm,
-                   tokenizer=tokenizer, render_all=partial(data.render_all, tokenizer, model))
+    work = partial(make_rows, side=side, model=model, tokenizer=tokenizer, cfg=cfg, llm=llm)
     keyed = [(f"{record['set']}/{i}", record) for i, record in enumerate(sets)]
     return data.in_shards(path, keyed, work)
 

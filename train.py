@@ -88,15 +88,14 @@ def check_run(cfg):
     return run
 
 
-def write_config(cfg, run):
+def write_config(cfg, run, base):
     """config.json: the settings, and what they ran on. Written when all inputs have been read."""
     run.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                          capture_output=True, text=True)
     made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
                "commit": git.stdout.strip(), "device": cfg.device}
-    base = base_folder(cfg)  # a folder is kept by its full path, so that eval.py runs from anywhere
-    base = str(Path(base).resolve() if Path(base).exists() else base)
+    base = str(Path(base).resolve() if Path(base).exists() else base)  # eval.py runs from anywhere
     config = {"settings": asdict(cfg), "made_by": made_by, "base": base}
     data.write_text(run / "config.json", json.dumps(config, indent=1))
 
@@ -356,15 +355,12 @@ def resume(run, stage, named, optimizer):
 
 def make_pairs(shard, model, tokenizer, cfg, ask):
     """Steps 1 to 4 for a shard of (key, record): each prompt's trace and its interventions."""
-    generate = evaluation.sampler(model, tokenizer, cfg)
-    prompts = data.render_all(tokenizer, model, [record for _, record in shard])
-    outputs = generate(prompts, [key for key, _ in shard])
-    traces = [ipo.Trace(record["prompt"], prompt_ids, output_ids, key)
-              for (key, record), prompt_ids, output_ids in zip(shard, prompts, outputs)]
+    traces = evaluation.rollouts(shard, model, tokenizer, cfg)
     pairs = ipo.intervene(
         traces, ipo.TRIGGERS, tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
-        think_end=data.think_ids(tokenizer)[1], generate=generate, find_cues=ask.find_cues,
-        judge_safety=ask.judge_safety, max_interventions=cfg.max_interventions)
+        think_end=data.think_ids(tokenizer)[1], find_cues=ask.find_cues,
+        judge_safety=ask.judge_safety, max_interventions=cfg.max_interventions,
+        generate=evaluation.sampler(model, tokenizer, cfg))
     return [{**asdict(trace), "text": ipo.decode(tokenizer, trace.output_ids),
              "pairs": [asdict(pair) for pair in pairs if pair.key == trace.key]}
             for trace in traces]
@@ -398,15 +394,13 @@ def harmful_groups(pairs, think_end, supervise):
 
 def sample_benign(shard, model, tokenizer, cfg):
     """A trace of each benign prompt, and whether it refuses; None where it did not end."""
-    prompts = data.render_all(tokenizer, model, [record for _, record in shard])
-    outputs = evaluation.sampler(model, tokenizer, cfg)(prompts, [key for key, _ in shard])
+    think_end, eos_ids = data.think_ids(tokenizer)[1], data.eos_ids(model, tokenizer)
     rows = []
-    for (key, record), prompt_ids, output_ids in zip(shard, prompts, outputs):
-        response = ipo.split_output(output_ids, data.think_ids(tokenizer)[1])[1]
-        ended = response is not None and output_ids[-1] in data.eos_ids(model, tokenizer)
+    for trace in evaluation.rollouts(shard, model, tokenizer, cfg):
+        response = ipo.split_output(trace.output_ids, think_end)[1]
+        ended = response is not None and trace.output_ids[-1] in eos_ids
         refused = judge.is_refusal(ipo.decode(tokenizer, response)) if ended else None
-        rows.append({"key": key, "prompt": record["prompt"], "prompt_ids": prompt_ids,
-                     "output_ids": output_ids, "refused": refused})
+        rows.append({**asdict(trace), "refused": refused})
     return rows
 
 
@@ -468,10 +462,11 @@ def run_all(cfg):
     run = check_run(cfg)
     if (run / "eval.json").exists():
         return print(evaluation.report(run))
-    if not cfg.model and not base_folder(cfg).exists():
-        say(0, f"training the kingdom's small base model, once, into {base_folder(cfg)}")
-        build_base(cfg.seed, cfg.device, base_folder(cfg))
-    tokenizer, base = data.load_model(base_folder(cfg), cfg.device)
+    folder = base_folder(cfg)
+    if not cfg.model and not folder.exists():
+        say(0, f"training the kingdom's small base model, once, into {folder}")
+        build_base(cfg.seed, cfg.device, folder)
+    tokenizer, base = data.load_model(folder, cfg.device)
     models = SimpleNamespace(base=base, policy=base)
 
     def base_sample(prompts):  # the judge is never the model under training
@@ -483,7 +478,7 @@ def run_all(cfg):
     harmful, benign = training_prompts(cfg)
     data.render_all(tokenizer, base, sets + [record for _, record in harmful + benign])
     if not (run / "config.json").exists():
-        write_config(cfg, run)
+        write_config(cfg, run, folder)
     if cfg.model:
         print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
     evaluate = partial(evaluation.evaluate, sets=sets, tokenizer=tokenizer, cfg=cfg, llm=ask.llm)

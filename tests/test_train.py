@@ -235,7 +235,8 @@ def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_written(
 
 
 def test_a_folder_made_with_other_settings_is_refused_by_name(taught, tmp_path, capsys):
-    train.write_config(train.parse(flags(taught("llama"), tmp_path / "run")), tmp_path / "run")
+    cfg = train.parse(flags(taught("llama"), tmp_path / "run"))
+    train.write_config(cfg, tmp_path / "run", cfg.model)
     with pytest.raises(SystemExit):
         train.main(flags(taught("llama"), tmp_path / "run", "--seed", "5"))
     assert "seed=0 (now 5)" in capsys.readouterr().err
