@@ -30,6 +30,7 @@ import bisect
 import os
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,58 +88,60 @@ def split_output(output_ids, think_end):
     return output_ids[:end], output_ids[end + 1:]
 
 
-# ---- 1. sample ----
-
 def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.95, seed=0,
            batch_size=64, keys=None):
-    """Continue each prompt (a list of ids) to an EOS or max_new_tokens; returns the new ids.
+    """Step 1. Continue each prompt (a list of ids) to an EOS or max_new_tokens; the new ids.
 
     A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
     seeded by (seed, its key; by default its place): its text does not depend on its batch.
     """
     keys = range(len(prompts)) if keys is None else keys
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-    outputs = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
-        uniforms = torch.stack([_uniforms(seed, keys[i], max_new_tokens) for i in rows])
-        batch = _sample_batch(model, [prompts[i] for i in rows], uniforms.to(model.device),
-                              set(eos_ids), temperature, top_p)
-        for i, output_ids in zip(rows, batch):
-            outputs[i] = output_ids
+    uniform = [random.Random(f"{seed} {key}").random for key in keys]
+    outputs, smaller = [[] for _ in prompts], False
+
+    def pick(logits, rows):
+        numbers = torch.tensor([uniform[row]() for row in rows], device=logits.device)
+        return next_tokens(logits, numbers, temperature, top_p)
+
+    goes_on = lambda row: (len(outputs[row]) < max_new_tokens
+                           and (not outputs[row] or outputs[row][-1] not in eos_ids))
+    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
+    while waiting:
+        rows, waiting = waiting[:batch_size], waiting[batch_size:]
+        few = batch_size // 2 if waiting else 0  # so few left: they join the next batch
+        try:
+            _sample_batch(model, rows, prompts, outputs, pick, goes_on, few)
+        except torch.OutOfMemoryError:
+            if smaller or batch_size == 1:
+                raise
+            smaller, batch_size = True, batch_size // 2
+            print(f"out of memory: sampling goes on with {batch_size} rows", file=sys.stderr)
+        waiting = list(filter(goes_on, rows)) + waiting
     return outputs
-
-
-def _uniforms(seed, key, n):
-    """(n,) numbers in [0, 1) that belong to (seed, key) alone."""
-    seed = random.Random(f"{seed} {key}").getrandbits(63)
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @torch.no_grad()
-def _sample_batch(model, prompts, uniforms, eos_ids, temperature, top_p):
-    """The loop: one token a step for all rows that still go on."""
-    longest, device = max(map(len, prompts)), model.device
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+def _sample_batch(model, rows, prompts, outputs, pick, goes_on, few):
+    """Add a token a step to outputs[row] of each row, until at most `few` of them go on."""
+    texts, device = [prompts[row] + outputs[row] for row in rows], model.device
+    longest, cache = max(map(len, texts)), DynamicCache(config=model.config)
+    ids = torch.tensor([[0] * (longest - len(t)) + t for t in texts], device=device)      # (B, T)
+    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, going = DynamicCache(config=model.config), [*range(len(prompts))]
-    outputs = [[] for _ in prompts]
-    for step in range(uniforms.shape[1]):
+    while True:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        tokens = next_tokens(logits, uniforms[going, step], temperature, top_p)          # (B,)
-        for row, token in zip(going, tokens.tolist()):
+        tokens = pick(logits, rows)                                                       # (B,)
+        for row, token in zip(rows, tokens.tolist()):
             outputs[row].append(token)
-        keep = [i for i, row in enumerate(going) if outputs[row][-1] not in eos_ids]
-        if not keep:
-            break
-        if len(keep) < len(going):  # finished rows leave the batch
+        keep = [i for i, row in enumerate(rows) if goes_on(row)]
+        if len(keep) <= few:
+            return
+        if len(keep) < len(rows):  # finished rows leave the batch
             cache.batch_select_indices(torch.tensor(keep, device=device))
-            going = [going[i] for i in keep]
+            rows = [rows[i] for i in keep]
             tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
         ids, mask, positions = tokens[:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-    return outputs
 
 
 def next_tokens(logits, uniforms, temperature, top_p, k=256):
@@ -160,8 +163,6 @@ def next_tokens(logits, uniforms, temperature, top_p, k=256):
                                     k=logits.shape[-1])
     return picked
 
-
-# ---- 2. from a sentence to a token ----
 
 def decode(tokenizer, ids):
     """The text of ids, untouched: some tokenizers would tidy the spaces, and h would slip."""
@@ -204,57 +205,54 @@ def encode_trigger(tokenizer, trigger, ids, h):
     return next(filter(reads_right, ways), ways[0])
 
 
-# ---- 3. intervene, 4. keep what is safe ----
-
 def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find_cues,
               judge_safety, max_interventions=1):
-    """Put each trigger in the place of each trace's first cue and continue: one Pair each.
+    """Steps 2 to 4. Each trigger in the place of each trace's first cue, and on: one Pair each.
 
     generate(prompts, keys) -> outputs is `sample` bound to a model; find_cues(texts) -> cues and
     judge_safety(texts, prompts, part) -> verdicts are judge.py's. A trace without a cue gives one
     Pair with outcome "no cue". (The paper's corrective intervention, its Fig. 6.)
     """
-    pairs, cuts = [], []  # cuts: (pair, the reasoning z it has now, the token of z's first cue)
     zs = [split_output(trace.output_ids, think_end)[0] for trace in traces]
-    for trace, z, cue in zip(traces, zs, find_cues([decode(tokenizer, z) for z in zs])):
-        if cue.span is None:
+    pairs, todo = [], []  # todo: (pair, the reasoning z it has now, the token of z's first cue)
+    for trace, z, (cut, _) in zip(traces, zs, _find_cuts(zs, tokenizer, find_cues)):
+        if cut is None:
             pairs.append(Pair(trace.key, trace.prompt))
-            continue
-        h = token_index(tokenizer, z, cue.span[0])
-        for trigger in triggers:
-            pairs.append(Pair(trace.key, trace.prompt, trigger, trace.prompt_ids + z[:h], [],
-                              trace.output_ids[h:], h))
-            cuts.append((pairs[-1], z, h))
+        for trigger in triggers if cut is not None else []:
+            pairs.append(Pair(trace.key, trace.prompt, trigger, trace.prompt_ids + z[:cut], [],
+                              trace.output_ids[cut:], cut))
+            todo.append((pairs[-1], z, cut))
     for turn in range(max_interventions):
-        for pair, z, cut in cuts:  # the trigger takes the place of the cue and of all behind it
+        for pair, z, cut in todo:  # the trigger takes the place of the cue and of all behind it
             pair.chosen_ids = z[pair.h:cut] + encode_trigger(tokenizer, pair.trigger, z, cut)
             pair.interventions += 1
-        starts = [pair.h + len(pair.chosen_ids) for pair, _, _ in cuts]
-        keys = [f"{pair.key}/{triggers.index(pair.trigger)}/{turn}" for pair, _, _ in cuts]
-        outputs = generate([pair.prefix_ids + pair.chosen_ids for pair, _, _ in cuts], keys)
-        for (pair, _, _), output_ids in zip(cuts, outputs):
+        tried, ends = [pair for pair, _, _ in todo], [p.h + len(p.chosen_ids) for p, _, _ in todo]
+        outputs = generate([pair.prefix_ids + pair.chosen_ids for pair in tried],
+                           [f"{p.key}/{triggers.index(p.trigger)}/{turn}" for p in tried])
+        for pair, output_ids in zip(tried, outputs):
             pair.chosen_ids = pair.chosen_ids + output_ids
-        again = _find_cuts([pair for pair, _, _ in cuts], tokenizer, think_end, find_cues)
-        cuts = [cut for cut, start in zip(again, starts) if cut and cut[2] >= start]
+        zs = [pair.prefix_ids[len(pair.prefix_ids) - pair.h:]
+              + split_output(pair.chosen_ids, think_end)[0] for pair in tried]
+        todo = []
+        for pair, z, end, (cut, by) in zip(tried, zs, ends, _find_cuts(zs, tokenizer, find_cues)):
+            pair.outcome = ("unparsed" if by == "unparsed" else
+                            "no cue left" if cut is None else "still a cue")
+            if cut is not None and cut >= end:  # a cue before the trigger's end cannot be mended
+                todo.append((pair, z, cut))
     _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety)
     return pairs
 
 
-def _find_cuts(pairs, tokenizer, think_end, find_cues):
-    """For each pair (pair, z = prefix + chosen, its first cue's token) or None; sets outcomes."""
-    zs = [pair.prefix_ids[len(pair.prefix_ids) - pair.h:]
-          + split_output(pair.chosen_ids, think_end)[0] for pair in pairs]
+def _find_cuts(zs, tokenizer, find_cues):
+    """For each reasoning z: the token where its first cue starts or None, and who found it."""
     cues = find_cues([decode(tokenizer, z) for z in zs])
-    for pair, cue in zip(pairs, cues):
-        pair.outcome = ("unparsed" if cue.by == "unparsed" else
-                        "still a cue" if cue.span else "no cue left")
-    return [(pair, z, token_index(tokenizer, z, cue.span[0])) if cue.span else None
-            for pair, z, cue in zip(pairs, zs, cues)]
+    return [(token_index(tokenizer, z, cue.span[0]) if cue.span else None, cue.by)
+            for z, cue in zip(zs, cues)]
 
 
 def _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety):
-    """Of the pairs with no cue left, keep those that ended and whose two parts are judged safe."""
-    ended, parts = [], []
+    """Step 4. Keep what has no cue left, ended, and is judged safe in both of its parts."""
+    ended = []
     for pair in pairs:
         if pair.outcome == "no cue left":
             reasoning, response = split_output(pair.chosen_ids, think_end)
@@ -263,18 +261,15 @@ def _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety):
             elif response is None:
                 pair.outcome = "think not closed"
             else:
-                ended.append(pair)
-                parts.append((decode(tokenizer, reasoning), decode(tokenizer, response[:-1])))
-    prompts = [pair.prompt for pair in ended]
-    verdicts = zip(ended, judge_safety([z for z, _ in parts], prompts, "reasoning"),
-                   judge_safety([y for _, y in parts], prompts, "response"))
-    for pair, of_reasoning, of_response in verdicts:
-        pair.outcome = ("unsafe reasoning" if of_reasoning == "unsafe" else
-                        "unsafe response" if of_response == "unsafe" else
-                        "unparsed" if "unparsed" in (of_reasoning, of_response) else "kept")
+                ended.append((pair, decode(tokenizer, reasoning), decode(tokenizer, response[:-1])))
+    pairs, zs, ys = zip(*ended) if ended else ([], [], [])
+    prompts = [pair.prompt for pair in pairs]
+    of_zs, of_ys = judge_safety(zs, prompts, "reasoning"), judge_safety(ys, prompts, "response")
+    for pair, of_z, of_y in zip(pairs, of_zs, of_ys):
+        pair.outcome = ("unsafe reasoning" if of_z == "unsafe" else
+                        "unsafe response" if of_y == "unsafe" else
+                        "unparsed" if "unparsed" in (of_z, of_y) else "kept")
 
-
-# ---- 5. the loss ----
 
 @dataclass
 class Group:
@@ -300,45 +295,40 @@ def supervised(completion_ids, think_end, supervise):
     return completion_ids[:completion_ids.index(think_end) + 1]
 
 
-def sequence_logps(model, sequences, starts):
-    """(B,) float32: log p of each sequence's ids from its start (1 or more) on. Gradients flow.
+def group_logps(model, groups):
+    """[(sides,) float32] of the groups: log p(side | prefix), summed. Gradients flow.
 
     The logit at position t-1 predicts token t. Pads stand right of a sequence, where causal
     attention never looks: no mask is needed. Logits, the largest tensor by far, are formed at
     supervised positions only, chunk by chunk: checkpointing forms them again for the backward.
     """
-    longest = max(map(len, sequences))
-    ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=model.device)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    places = [(row, t) for row, s in enumerate(sequences) for t in range(starts[row], len(s))]
-    rows, cols = torch.tensor(places, device=model.device).T                        # (N,) each
-    hidden, targets = hidden[rows, cols - 1], ids[rows, cols]                       # (N, D), (N,)
+    rows = [(g.prefix_ids, side) for g in groups for side in g.sides]                 # B of them
+    longest = max(len(prefix + side) for prefix, side in rows)
+    ids = torch.tensor([prefix + side + [0] * (longest - len(prefix + side))
+                        for prefix, side in rows], device=model.device)               # (B, T)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, D)
+    places = [(row, len(prefix) + t) for row, (prefix, side) in enumerate(rows)
+              for t in range(len(side))]
+    row, t = torch.tensor(places, device=model.device).T                              # (N,) each
+    hidden, targets = hidden[row, t - 1], ids[row, t]                                 # (N, D), (N,)
     head = model.get_output_embeddings()
+
+    def token_logps(hidden, targets):
+        logits = head(hidden)                                                         # (N, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 errs by 0.001
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
     size = max(1, 2 ** 26 // head.weight.shape[0])  # 64 M logits a chunk
-    logps = torch.cat([checkpoint(_token_logps, head, h, t, use_reentrant=False)
-                       for h, t in zip(hidden.split(size), targets.split(size))])   # (N,)
-    lengths = [len(s) - start for s, start in zip(sequences, starts)]
-    return torch.stack([part.sum() for part in logps.split(lengths)])               # (B,)
-
-
-def _token_logps(head, hidden, targets):
-    logits = head(hidden)                                                           # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 errs by 0.001
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    logps = torch.cat([checkpoint(token_logps, *chunk, use_reentrant=False)
+                       for chunk in zip(hidden.split(size), targets.split(size))])    # (N,)
+    logps = torch.stack([part.sum() for part in logps.split([len(side) for _, side in rows])])
+    return logps.split([len(g.sides) for g in groups])
 
 
 def completion_logps(model, prefix_ids, completions):
     """(len(completions),) float32: sum of log p(completion | prefix); a sum, not a mean: DPO's
     margin is a ratio of sequence probabilities. Gradients flow."""
-    return sequence_logps(model, [prefix_ids + c for c in completions],
-                          [len(prefix_ids)] * len(completions))
-
-
-def group_logps(model, groups):
-    """For each group the log-probabilities of its sides, all run as one batch."""
-    logps = sequence_logps(model, [g.prefix_ids + side for g in groups for side in g.sides],
-                           [len(g.prefix_ids) for g in groups for _ in g.sides])
-    return logps.split([len(g.sides) for g in groups])
+    return group_logps(model, [Group(prefix_ids, completions)])[0]
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -353,7 +343,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def ipo_loss(policy, groups, beta=0.1, sft_weight=0.2):
-    """(loss, statistics), summed over pairs: DPO on each + sft_weight * SFT on its chosen side.
+    """Step 5: (loss, statistics), summed over pairs: DPO + sft_weight * SFT on the chosen side.
 
     Divide by the pairs of the whole optimizer step, so that every pair counts the same.
     """

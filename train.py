@@ -125,8 +125,8 @@ def build_base(seed, device, folder):
         for step, batch in enumerate(bar):
             for group in optimizer.param_groups:
                 group["lr"] = BASE_LR * min((step + 1) / 50, 1.02 - step / len(batches))
-            logps = ipo.sequence_logps(model, [p + o for p, o in batch], [len(p) for p, _ in batch])
-            loss = -logps.sum() / sum(len(o) for _, o in batch)
+            logps = ipo.group_logps(model, [ipo.Group(prompt, [out]) for prompt, out in batch])
+            loss = -torch.cat(logps).sum() / sum(len(o) for _, o in batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -55,10 +55,8 @@ def taught(tokenizer, tmp_path_factory):
             model, rows = tiny_model(family, len(tokenizer), spread=0.05), lessons(tokenizer)
             optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
             for _ in range(120):
-                logps = ipo.sequence_logps(
-                    model, [p + o for p, o in rows], [len(p) for p, _ in rows]
-                )
-                (-logps.sum() / sum(len(o) for _, o in rows)).backward()
+                logps = ipo.group_logps(model, [ipo.Group(p, [o]) for p, o in rows])
+                (-torch.cat(logps).sum() / sum(len(o) for _, o in rows)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             made[family] = tmp_path_factory.mktemp(family) / "base"
