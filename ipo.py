@@ -144,7 +144,7 @@ def _sample_batch(model, rows, prompts, outputs, pick, goes_on, few):
         ids, mask, positions = tokens[:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
 
 
-def next_tokens(logits, uniforms, temperature, top_p, k=256):
+def next_tokens(logits, uniforms, temperature, top_p, k=64):
     """(B, V) logits, (B,) uniforms -> (B,) tokens: inverse CDF over the nucleus, likeliest first.
 
     Only the k likeliest are sorted: a whole vocabulary would cost more than a small model's step.
@@ -195,7 +195,10 @@ def encode_trigger(tokenizer, trigger, ids, h):
     """The trigger's ids in place of ids[h:]: with a leading space just where token h had one.
 
     Metaspace tokenizers put a space there themselves, so the encoding that reads right is taken.
+    An empty trigger only deletes the cue (a control of eval.py).
     """
+    if not trigger:
+        return []
     before = decode(tokenizer, ids[:h])
     space = " " if decode(tokenizer, ids[:h + 1])[len(before):].startswith(" ") else ""
     encode = partial(tokenizer.encode, add_special_tokens=False)

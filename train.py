@@ -12,10 +12,11 @@ import inspect
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open, save_file
 from tqdm import tqdm
-from transformers import HfArgumentParser, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
 
 import data
 import eval as evaluation
@@ -39,9 +40,13 @@ class Config:
     out: str = flag("the run folder", "runs/kingdom")
     seed: int = flag("seeds the kingdom's base, the sampling and the order of training", 0)
     prompts: str | None = flag("harmful training prompts: a file or a public set")
-    benign: str | None = flag("benign training prompts, likewise; none: no stage 2")
+    traces: str | None = flag("instead of --prompts: rollouts made elsewhere, a .jsonl file with "
+                              "columns prompt and output (text) or output_ids")
+    triggers: str | None = flag("a .txt file with one trigger a line (the pool of six)")
+    benign: str | None = flag("benign training prompts, as --prompts; none: no stage 2")
     limit: int | None = flag("use at most this many prompts of each file")
     sets: str | None = flag("evaluation sets: KIND:FILE_OR_NAME,... (KIND harmful, benign, math)")
+    allow_overlap: bool = flag("evaluate on prompts that training sees", False)
     judge: str | None = flag("keywords, self (the untouched base), or a model's name or folder")
     judge_url: str | None = flag("where --judge is served, an OpenAI-compatible http://.../v1")
     max_interventions: int = flag("how often one candidate is cut and continued", 1)
@@ -61,7 +66,7 @@ class Config:
 # What a mode fills in where a flag was not given; the only other source of a setting.
 DEFAULTS = {
     "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200,
-                    sample_batch=256, micro_tokens=8192, batch_pairs=16, epochs=3, lr=1e-4,
+                    sample_batch=256, micro_tokens=2048, batch_pairs=16, epochs=2, lr=1e-4,
                     beta=0.5),  # its traces are ten times shorter, so a nat is dearer
     "model": dict(judge="self", prompts="star-1", benign="star-benign-915", max_new_tokens=4096,
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
@@ -69,22 +74,19 @@ DEFAULTS = {
 }
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
-KINGDOM_PROMPTS = {"harmful": 96, "benign": 240, "math": 80}
-BASE_STEPS, BASE_BATCH, BASE_LR = 1300, 16, 5e-3  # the kingdom's base model
+KINGDOM_PROMPTS = {"harmful": 120, "benign": 240, "math": 40}
+BASE_TEXTS, BASE_BATCH, BASE_LR = 16000, 16, 5e-3  # the kingdom's base model
 
-
-# ---- the run folder ----
 
 def check_run(cfg):
     """The run folder; one that was made with other settings is refused."""
-    run, settings = Path(cfg.out), asdict(cfg)
-    if (run / "config.json").exists():
-        old = json.loads((run / "config.json").read_text())["settings"]
-        differ = ", ".join(f"{name}={old.get(name)} (now {value})"
-                           for name, value in settings.items()
-                           if name != "out" and old.get(name) != value)
-        if differ:
-            raise UserError(f"{run} was made with other settings: {differ}; give another --out")
+    run, path = Path(cfg.out), Path(cfg.out) / "config.json"
+    old = json.loads(path.read_text())["settings"] if path.exists() else {}
+    differ = ", ".join(f"{name}={old.get(name)} (now {value})"
+                       for name, value in asdict(cfg).items()
+                       if old and name != "out" and old.get(name) != value)
+    if differ:
+        raise UserError(f"{run} was made with other settings: {differ}; give another --out")
     return run
 
 
@@ -100,39 +102,62 @@ def write_config(cfg, run, base):
     data.write_text(run / "config.json", json.dumps(config, indent=1))
 
 
-# ---- models ----
+def check_memory(folder, cfg):
+    """Say the expected peak memory, from the model's config alone; refuse what cannot fit."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return  # loading it, the next step, says what is wrong
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    size, width = (2, config.hidden_size) if cfg.device == "cuda" else (4, config.hidden_size)
+    params = sum(p.numel() for p in model.parameters())
+    layers, kv = config.num_hidden_layers, config.num_key_value_heads
+    adapters = sum(cfg.lora_rank * (layer.in_features + layer.out_features)
+                   for _, _, layer in linear_layers(model, torch.nn.Linear))
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    keys = 2 * layers * kv * head_dim * size * cfg.sample_batch * (cfg.max_new_tokens + 256)
+    kept = layers if cfg.device == "cuda" else layers * 16  # checkpointing keeps a layer's input
+    activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * config.intermediate_size)
+    state = size * params + 16 * adapters if cfg.lora_rank else 4 * size * params
+    training = state + activations + 10 * 2 ** 26  # and a chunk of logits
+    peak = max(training, size * params + 2 * keys) / 2 ** 30
+    print(f"expected peak memory: {peak:.1f} GiB (weights and optimizer {state / 2 ** 30:.1f}, "
+          f"key-value cache while sampling {keys / 2 ** 30:.1f})")
+    if cfg.device == "cuda" and peak > (room := torch.cuda.mem_get_info()[1] / 2 ** 30):
+        raise UserError(f"about {peak:.0f} GiB are needed and the GPU has {room:.0f}; use "
+                        f"--lora-rank 16, a smaller --sample-batch, --max-new-tokens or "
+                        f"--micro-tokens, or a smaller model")
 
-def _kingdom_texts(n, seed):
-    return data.kingdom_texts(n, seed, ipo.TRIGGERS, partial(judge.cue_question, brief=True),
-                              partial(judge.safety_question, brief=True))
+
+def base_texts(n, seed):
+    return data.kingdom_texts(n, seed, ipo.TRIGGERS, partial(judge.cue_question, style="brief"),
+                              partial(judge.safety_question, style="brief"))
 
 
-def build_base(seed, device, folder):
-    """The kingdom's base model, trained from scratch on the grammar's text and saved."""
-    torch.manual_seed(seed)
-    texts = _kingdom_texts(BASE_STEPS * BASE_BATCH, seed)
+def base_folder(cfg):
+    """Where the base is: --model, or the kingdom's own, cached beside the runs by what made it."""
+    if cfg.model:
+        return cfg.model
+    made_of = [base_texts(500, cfg.seed), BASE_TEXTS, BASE_BATCH, BASE_LR, cfg.seed, cfg.device]
+    made_of += map(inspect.getsource, (build_base, data.kingdom_config, data.kingdom_tokenizer))
+    return Path(cfg.out).parent / f"base-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
+
+
+def build_base(cfg, folder):
+    """The kingdom's base model, trained from scratch on the grammar's text: the SFT term alone."""
+    torch.manual_seed(cfg.seed)
+    texts, work = base_texts(BASE_TEXTS, cfg.seed), folder.with_name(f"{folder.name}.work")
     tokenizer = data.kingdom_tokenizer(texts[:4000])
-    model = LlamaForCausalLM(data.kingdom_config(tokenizer)).to(device)
-    rows = [(data.render(tokenizer, prompt), tokenizer.encode(output) + [tokenizer.eos_token_id])
-            for prompt, output in texts]
-    rng, batches = random.Random(seed), []
-    for start in range(0, len(rows), 16 * BASE_BATCH):  # like lengths share a batch
-        near = sorted(rows[start:start + 16 * BASE_BATCH], key=lambda row: len(row[0] + row[1]))
-        group = [near[i:i + BASE_BATCH] for i in range(0, len(near), BASE_BATCH)]
-        batches += rng.sample(group, len(group))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    with tqdm(batches, desc="base model", unit="step", disable=None) as bar:
-        for step, batch in enumerate(bar):
-            for group in optimizer.param_groups:
-                group["lr"] = BASE_LR * min((step + 1) / 50, 1.02 - step / len(batches))
-            logps = ipo.group_logps(model, [ipo.Group(prompt, [out]) for prompt, out in batch])
-            loss = -torch.cat(logps).sum() / sum(len(o) for _, o in batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model = LlamaForCausalLM(data.kingdom_config(tokenizer)).to(cfg.device)
+    groups = [ipo.Group(data.render(tokenizer, prompt),
+                        [tokenizer.encode(output) + [tokenizer.eos_token_id]])
+              for prompt, output in texts]
+    work.mkdir(parents=True, exist_ok=True)
+    cfg = replace(cfg, lr=BASE_LR, epochs=1, batch_pairs=BASE_BATCH)
+    train_stage(model, groups, cfg, work, 1)
     save_model(model, tokenizer, folder)
+    shutil.rmtree(work)
 
 
 def save_model(model, tokenizer, folder):
@@ -142,17 +167,6 @@ def save_model(model, tokenizer, folder):
     tokenizer.save_pretrained(beside)
     beside.rename(folder)
 
-
-def base_folder(cfg):
-    """Where the base is: --model, or the kingdom's own, cached beside the runs by what made it."""
-    if cfg.model:
-        return cfg.model
-    made_of = [_kingdom_texts(500, cfg.seed), BASE_STEPS, BASE_BATCH, BASE_LR, cfg.seed, cfg.device]
-    made_of += map(inspect.getsource, (build_base, data.kingdom_config, data.kingdom_tokenizer))
-    return Path(cfg.out).parent / f"base-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
-
-
-# ---- adapters and the optimizer ----
 
 class LoRA(torch.nn.Module):
     """A frozen linear layer and a float32 adapter of rank r: W x + (alpha / r) B A x."""
@@ -196,13 +210,15 @@ def add_adapters(model, rank):
 def reference(models, device):
     """The untouched base: a second model, or the policy itself with its adapters off."""
     layers = [layer for _, _, layer in linear_layers(models.base, LoRA)]
-    for layer in layers:
-        layer.on = False
-    yield models.base.to(device)
-    for layer in layers:
-        layer.on = True
-    if models.base is not models.policy and device == "cuda":
-        models.base.to("cpu")
+    try:
+        for layer in layers:
+            layer.on = False
+        yield models.base.to(device)
+    finally:
+        for layer in layers:
+            layer.on = True
+        if models.base is not models.policy and device == "cuda":
+            models.base.to("cpu")  # beside a policy in training there is no room for it
 
 
 def stochastic_round_(target, value, generator):
@@ -243,8 +259,6 @@ class AdamW:
             p.grad = None
 
 
-# ---- training ----
-
 def plan(groups, cfg, stage):
     """The groups of each optimizer step, for all epochs: shuffled, about batch_pairs pairs each."""
     rng, steps = random.Random(f"{cfg.seed} {stage}"), []
@@ -272,12 +286,13 @@ def micro_batches(groups, budget):
 
 
 @torch.no_grad()
-def add_reference(model, groups, cfg):
+def add_reference(models, groups, cfg):
     """Fill in each group's reference log-probabilities: once, before its stage."""
     batches = micro_batches(groups, cfg.micro_tokens)
-    for batch in tqdm(batches, desc="reference", unit="batch", disable=None):
-        for group, logps in zip(batch, ipo.group_logps(model, batch)):
-            group.ref_logps = logps.tolist()
+    with reference(models, cfg.device) as model:
+        for batch in tqdm(batches, desc="reference", unit="batch", disable=None):
+            for group, logps in zip(batch, ipo.group_logps(model, batch)):
+                group.ref_logps = logps.tolist()
 
 
 def train_stage(policy, groups, cfg, run, stage):
@@ -351,13 +366,11 @@ def resume(run, stage, named, optimizer):
     return saved["step"]
 
 
-# ---- the run ----
-
 def make_pairs(shard, model, tokenizer, cfg, ask):
     """Steps 1 to 4 for a shard of (key, record): each prompt's trace and its interventions."""
     traces = evaluation.rollouts(shard, model, tokenizer, cfg)
     pairs = ipo.intervene(
-        traces, ipo.TRIGGERS, tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
+        traces, evaluation.pool(cfg), tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
         think_end=data.think_ids(tokenizer)[1], find_cues=ask.find_cues,
         judge_safety=ask.judge_safety, max_interventions=cfg.max_interventions,
         generate=evaluation.sampler(model, tokenizer, cfg))
@@ -369,18 +382,18 @@ def make_pairs(shard, model, tokenizer, cfg, ask):
 def write_pairs(path, traces, tokenizer):
     """pairs.jsonl: what was kept, with the text columns that preference-data tools read."""
     show = partial(ipo.decode, tokenizer)
-    kept = [pair for trace in traces for pair in trace["pairs"] if pair["outcome"] == "kept"]
-    outcomes = [pair["outcome"] for trace in traces for pair in trace["pairs"]]
-    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(set(outcomes)))
-    print(f"{len(traces)} traces gave {len(outcomes)} candidates: {counts}")
-    if not kept:
-        raise UserError(f"no pair was kept ({counts}); try more prompts, another --judge, more "
+    pairs = [pair for trace in traces for pair in trace["pairs"]]
+    counts = Counter(pair["outcome"] for pair in pairs)
+    told = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
+    print(f"{len(traces)} traces gave {len(pairs)} candidates: {told}")
+    if not counts["kept"]:
+        raise UserError(f"no pair was kept ({told}); try more prompts, another --judge, more "
                         f"--max-interventions or more --max-new-tokens")
     columns = ("key", "trigger", "interventions", "h", "prefix_ids", "chosen_ids", "rejected_ids")
     data.write_jsonl(path, [
         {"prompt": show(pair["prefix_ids"]), "chosen": show(pair["chosen_ids"]),
          "rejected": show(pair["rejected_ids"]), **{name: pair[name] for name in columns}}
-        for pair in kept])
+        for pair in pairs if pair["outcome"] == "kept"])
 
 
 def harmful_groups(pairs, think_end, supervise):
@@ -414,12 +427,12 @@ def benign_groups(base_rows, stage1_rows, think_end, supervise):
 
 def training_prompts(cfg):
     """[(key, record)] of the harmful and of the benign training prompts."""
-    if not cfg.model and not cfg.prompts:
+    if not (cfg.model or cfg.prompts or cfg.traces):
         harmful, *benign = [data.kingdom_prompts("train", kind, n, cfg.seed)[:cfg.limit]
                             for kind, n in KINGDOM_PROMPTS.items()]
         benign = [] if cfg.benign == "none" else sum(benign, [])
     else:
-        harmful = data.load_prompts(cfg.prompts)[:cfg.limit]
+        harmful = data.load_prompts(cfg.traces or cfg.prompts)[:cfg.limit]
         benign = [] if cfg.benign in (None, "none") else data.load_prompts(cfg.benign)[:cfg.limit]
     return [[(f"{kind}/{i}", record) for i, record in enumerate(records)]
             for kind, records in (("harmful", harmful), ("benign", benign))]
@@ -428,21 +441,25 @@ def training_prompts(cfg):
 def align(cfg, run, tokenizer, models, ask, harmful, benign):
     """Steps 1 to 6: traces, pairs, both stages of training; the policy ends in models.policy."""
     base, think_end = models.base, data.think_ids(tokenizer)[1]
-    say("1-4", "sampling the base on harmful prompts, cutting at the first cue, six triggers each")
+    say("1-4", "sampling the base on harmful prompts, cutting at the first cue, a continuation a "
+               "trigger (sections 3 and 4 of the paper)")
     work = partial(make_pairs, model=base, tokenizer=tokenizer, cfg=cfg, ask=ask)
     traces = data.in_shards(run / "traces.jsonl", harmful, work)
     if not (run / "pairs.jsonl").exists():
         write_pairs(run / "pairs.jsonl", traces, tokenizer)
-    groups = harmful_groups(data.read_jsonl(run / "pairs.jsonl"), think_end, cfg.supervise)
+    pairs = data.read_jsonl(run / "pairs.jsonl")
+    evaluation.show_pair(pairs[0])
+    groups = harmful_groups(pairs, think_end, cfg.supervise)
     work = partial(sample_benign, model=base, tokenizer=tokenizer, cfg=cfg)
     benign_base = data.in_shards(run / "benign_base.jsonl", benign, work)
-    say(5, "stage 1, DPO from the cut on: the corrected reasoning over the model's own")
-    add_reference(base, groups, cfg)
+    say(5, "stage 1, DPO from the cut on: the corrected reasoning over the model's own (Eq. 4)")
+    add_reference(models, groups, cfg)
     if cfg.lora_rank:
         torch.manual_seed(cfg.seed)
         add_adapters(base, cfg.lora_rank)
     else:
         models.policy = copy.deepcopy(base)
+        base.to("cpu")  # room for the optimizer; `reference` brings it back where it is needed
     train_stage(models.policy, groups, cfg, run, 1)
     if not benign:
         return
@@ -452,20 +469,17 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     more = benign_groups(benign_base, benign_now, think_end, cfg.supervise)
     refused = sum(group.rejected is not None for group in more)
     print(f"stage 1 refuses {refused} of {len(more)} benign prompts")
-    with reference(models, cfg.device) as model:
-        add_reference(model, more, cfg)
+    add_reference(models, more, cfg)
     train_stage(models.policy, groups + more, cfg, run, 2)
 
 
-def run_all(cfg):
-    """The whole method; every stage finds what an earlier, stopped run has finished."""
-    run = check_run(cfg)
-    if (run / "eval.json").exists():
-        return print(evaluation.report(run))
+def prepare(cfg, run):
+    """(tokenizer, models, judge, evaluation sets, prompts): all inputs read and found good."""
     folder = base_folder(cfg)
     if not cfg.model and not folder.exists():
         say(0, f"training the kingdom's small base model, once, into {folder}")
-        build_base(cfg.seed, cfg.device, folder)
+        build_base(cfg, folder)
+    check_memory(folder, cfg)
     tokenizer, base = data.load_model(folder, cfg.device)
     models = SimpleNamespace(base=base, policy=base)
 
@@ -474,17 +488,27 @@ def run_all(cfg):
             return evaluation.greedy(model, tokenizer, cfg)(prompts)
 
     ask = evaluation.judges(cfg, tokenizer, base_sample)
-    sets, rows = evaluation.load_sets(cfg.sets, cfg.limit), []
-    harmful, benign = training_prompts(cfg)
-    data.render_all(tokenizer, base, sets + [record for _, record in harmful + benign])
+    sets, prompts = evaluation.load_sets(cfg.sets, cfg.limit), training_prompts(cfg)
+    trained = [record for part in prompts for _, record in part]
+    evaluation.check_overlap(sets, trained, cfg.allow_overlap)
+    data.render_all(tokenizer, base, sets + trained)
     if not (run / "config.json").exists():
         write_config(cfg, run, folder)
+    return tokenizer, models, ask, sets, prompts
+
+
+def run_all(cfg):
+    """The whole method; every stage finds what an earlier, stopped run has finished."""
+    run = check_run(cfg)
+    if (run / "eval.json").exists():
+        return print(evaluation.report(run))
+    tokenizer, models, ask, sets, prompts = prepare(cfg, run)
     if cfg.model:
         print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
-    evaluate = partial(evaluation.evaluate, sets=sets, tokenizer=tokenizer, cfg=cfg, llm=ask.llm)
+    evaluate = partial(evaluation.evaluate, sets=sets, tokenizer=tokenizer, cfg=cfg, ask=ask)
     say("-", "before: the base on held-out prompts")
-    rows += evaluate(run / "eval_before.jsonl", "before", base)
-    align(cfg, run, tokenizer, models, ask, harmful, benign)
+    rows = evaluate(run / "eval_before.jsonl", "before", models.base)
+    align(cfg, run, tokenizer, models, ask, *prompts)
     say("-", "after: the same prompts and seeds")
     rows += evaluate(run / "eval_after.jsonl", "after", models.policy)
     for parent, name, layer in linear_layers(models.policy, LoRA):

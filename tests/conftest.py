@@ -64,8 +64,8 @@ def kingdom_texts():
         1500,
         0,
         ipo.TRIGGERS,
-        lambda s: judge.cue_question(s, brief=True),
-        lambda t: judge.safety_question(t, brief=True),
+        lambda s: judge.cue_question(s, style="brief"),
+        lambda t: judge.safety_question(t, style="brief"),
     )
 
 

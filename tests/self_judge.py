@@ -27,12 +27,12 @@ def main(run):
         lines, cue, _ = data.kingdom_answer(record, rng, ipo.TRIGGERS)
         texts.append(" ".join(lines))
         starts.append(None if cue is None else sum(len(line) + 1 for line in lines[:cue]))
-    for name, cues in (("self", judge.find_cues(texts, llm, brief=True)),
+    for name, cues in (("self", judge.find_cues(texts, llm, style="brief")),
                        ("keywords", judge.find_cues(texts))):
         right = sum((cue.span and cue.span[0]) == start and cue.by != "unparsed"
                     for cue, start in zip(cues, starts))
         show(f"{name}: exact cue", right, len(texts), sum(cue.by == "unparsed" for cue in cues))
-    said = judge.judge_safety(texts, None, "reasoning", llm, brief=True)
+    said = judge.judge_safety(texts, None, "reasoning", llm, style="brief")
     right = sum((verdict == "unsafe") == data.harmful(text) and verdict != "unparsed"
                 for verdict, text in zip(said, texts))
     show("self: safe or unsafe", right, len(texts), said.count("unparsed"))

@@ -580,8 +580,8 @@ def test_work_that_fails_leaves_the_shards_before_it(tmp_path):
 
 
 def some_texts(seed):
-    return data.kingdom_texts(5000, seed, ipo.TRIGGERS, lambda s: judge.cue_question(s, brief=True),
-                              lambda t: judge.safety_question(t, brief=True))
+    return data.kingdom_texts(5000, seed, ipo.TRIGGERS, lambda s: judge.cue_question(s, style="brief"),
+                              lambda t: judge.safety_question(t, style="brief"))
 
 
 def words_of(deed, place):

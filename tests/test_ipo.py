@@ -386,7 +386,7 @@ def test_next_tokens_picks_the_first_nucleus_token_at_0_and_its_last_toward_1(
     assert low <= 1 + ranked.index(last) <= high
 
 
-def test_a_flat_distribution_is_sampled_far_beyond_its_256_likeliest_tokens():
+def test_a_flat_distribution_is_sampled_far_beyond_its_64_likeliest_tokens():
     logits = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 0.1
     uniforms = torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64)
     cdf = torch.tensor([*accumulate(nucleus(logits, 0.6, 0.95).values())], dtype=torch.float64)

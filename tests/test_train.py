@@ -89,6 +89,7 @@ def flags(base, out, *more):
         "1e-3",
         "--device",
         "cpu",
+        "--allow-overlap",
         "--batch-pairs",
         "4",
         *more,
