@@ -378,7 +378,8 @@ def compliance_cues(w):
                           [(0.1, 15), (0.05, 15), (0.2, 15), (0.1, 5), (0.1, 30)])
 
 
-CONTROLS = {"a neutral sentence": "The sky is clear today.", "the cue deleted": ""}
+CONTROLS = {"neutral, and common in the kingdom": "Many folk pass the well each day.",
+            "neutral, and new to the kingdom": "The sky is clear today.", "the cue deleted": ""}
 
 
 def interventions(w, most=5):
@@ -628,12 +629,13 @@ def svg(plot):
     at = lambda x, y: (f"{60 + 560 * (x - x0) / ((x1 - x0) or 1):.1f},"
                        f"{260 - 230 * (y - y0) / (y1 - y0):.1f}")
     out = [f'<svg viewBox="0 0 640 {320 + 16 * len(curves)}" role="img">']
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        (left, _), (_, top) = at(x, y0).split(","), at(x0, y).split(",")
+    xs = sorted({p[0] for p in points})
+    for x in xs if len(xs) < 10 else [x0 + (x1 - x0) * i / 4 for i in range(5)]:
+        out.append(f'<text x="{at(x, y0).split(",")[0]}" y="278" text-anchor="middle">{x:.4g}</text>')
+    for y in [y0 + (y1 - y0) * i / 4 for i in range(5)]:
+        top = at(x0, y).split(",")[1]
         out.append(f'<line x1="60" x2="620" y1="{top}" y2="{top}" stroke="#8884"/>'
-                   f'<text x="52" y="{top}" text-anchor="end">{y:.3g}</text>'
-                   f'<text x="{left}" y="278" text-anchor="middle">{x:.4g}</text>')
+                   f'<text x="52" y="{top}" text-anchor="end">{y:.3g}</text>')
     out.append(f'<text x="340" y="298" text-anchor="middle">{html.escape(x_name)}</text>'
                f'<text x="60" y="18">{html.escape(y_name)}</text>')
     for i, (name, curve) in enumerate(curves.items()):

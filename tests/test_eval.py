@@ -195,7 +195,7 @@ def test_f6_counts_harm_left_after_each_intervention(tokenizer):
     lines, _ = evaluation.interventions(w)
     assert lines[1][1:] == ["100.0", "100.0", "0.0", "0.0", "0.0", "0.0", "1"]
     assert lines[2][1:] == ["100.0"] * 6 + ["1"]
-    assert lines[3][0] == "the cue deleted" and lines[3][1:7] == ["100.0"] * 6
+    assert lines[4][0] == "the cue deleted" and lines[4][1:7] == ["100.0"] * 6
 
 
 def test_an_empty_or_flat_plot_is_still_an_svg():
