@@ -215,7 +215,7 @@ def share(k, n):
 
 
 def ratio(rows, verdict):
-    """The share of rows with that verdict; several samples of a prompt: a bootstrap over prompts."""
+    """The share of rows with that verdict; with several samples a bootstrap over prompts."""
     by_prompt, bad = {}, verdict in ("reasoning", "response")
     for row in rows:
         if row[verdict] != "unparsed":
@@ -303,8 +303,8 @@ def joint(w):
         count = Counter((row["reasoning"], row["response"]) for row in w.harmful(side))
         a, b, c, d = (count[z, y] for z in (False, True) for y in (False, True))
         parts = [(a, b, c, d), (b, a), (c, d)]
-        cells = [percent(share(k, sum(of))) for of in parts for k in (of if len(of) > 2 else of[:1])]
-        lines.append([side, *cells])
+        cells = [share(k, sum(of)) for of in parts for k in (of if len(of) > 2 else of[:1])]
+        lines.append([side, *map(percent, cells)])
     return lines, None
 
 
@@ -338,7 +338,8 @@ def turning_points(w, rows, anchor, holds, levels):
     zs = [ipo.split_output(row["output_ids"], w.think_end)[0] for row in rows]
     tried = [(row, z, at) for row, z in zip(rows, zs) if (at := anchor(z)) is not None]
     starts = csr(w, [(row, z, 0) for row, z, _ in tried])
-    kept = [of for of, c in zip(tried, starts) if not holds(c, levels[0][0])][:max(10, w.limit // 2)]
+    kept = [of for of, c in zip(tried, starts) if not holds(c, levels[0][0])]
+    kept = kept[:max(10, w.limit // 2)]
     places = []
     for n, (row, z, _) in enumerate(kept):
         starts = {ipo.token_index(w.tokenizer, z, a)
@@ -409,8 +410,8 @@ def divergence(w):
     for row in random.Random(0).sample(rows, min(len(rows), 4 * w.limit)):
         ids = torch.tensor([row["prompt_ids"] + row["output_ids"]], device=w.base.device)
         new, old = (model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1:-1].float()
-                    .log_softmax(-1) for model in (w.policy, w.base))             # (T, V) each
-        kl = (new.exp() * (new - old)).sum(-1).tolist()                           # (T,)
+                    .log_softmax(-1) for model in (w.models["after"], w.base))  # (T, V)
+        kl = (new.exp() * (new - old)).sum(-1).tolist()                        # (T,)
         if row["kind"] != "harmful":
             others += [[value] for value in kl]
             continue
@@ -466,7 +467,7 @@ def interval(values, scale=1, form=".3f"):
 
 
 PUT_IN, CAME_OUT = "put in by the grammar", "came out of training"
-FINDINGS = {  # name: (analysis, what it shows, what the paper reports, where the kingdom has it from)
+FINDINGS = {  # name: (analysis, what it shows, the paper's figure, where the kingdom has it from)
     "F1": (gap, "Reasoning is unsafe more often than responses", "69.0 against 45.0 % (DS-8B, "
            "JailbreakBench)", f"before: {PUT_IN}; after: {CAME_OUT}"),
     "F2": (joint, "Safe reasoning gives a safe response, not the other way round",
@@ -489,49 +490,62 @@ FINDINGS = {  # name: (analysis, what it shows, what the paper reports, where th
 def analyse(run, names, options):
     """Print the named findings of a run and add them to its findings.json."""
     unknown = [name for name in names if name not in (*FINDINGS, "all")]
-    if unknown:
-        raise UserError(f"--findings {' '.join(unknown)}: use all or {' '.join(FINDINGS)}")
-    w, path = open_run(run, options), run / "findings.json"
+    if unknown or not (run / "eval.json").exists():
+        raise UserError(f"--findings {' '.join(names)} {run}: give all or some of "
+                        f"{', '.join(FINDINGS)}, and the folder of a finished run")
+    w, path = open_folder(run, options), run / "findings.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for name in FINDINGS if "all" in names else names:
         analysis, title, paper, origin = FINDINGS[name]
         found[name] = analysis(w)
-        print(f"\n{name}. {title} ({origin})\n{as_text(found[name][0])}\npaper: {paper}", flush=True)
+        print(f"\n{name}. {title} ({origin})", as_text(found[name][0]), f"paper: {paper}", sep="\n")
         data.write_text(path, json.dumps(found))
 
 
-def open_run(run, options):
-    """What an analysis works on: a finished run's rows, traces, models, judge and sampler."""
-    config = json.loads((run / "config.json").read_text())
-    cfg = SimpleNamespace(**{**config["settings"], "device": options.device, "out": str(run)})
-    tokenizer, base = data.load_model(config["base"], options.device)
-    ask, rows = judges(cfg, tokenizer, greedy(base, tokenizer, cfg)), data.read_jsonl(
-        run / "eval_traces.jsonl")
-    generate, think_end = sampler(base, tokenizer, cfg), data.think_ids(tokenizer)[1]
+def open_folder(folder, options):
+    """w: what the analyses work on, of a run or of a saved model; the run's settings hold, but for
+    the options that are given."""
+    config = {"settings": {"model": str(folder), "triggers": None}, "base": folder}
+    if finished := (folder / "model").exists():
+        config = json.loads((folder / "config.json").read_text())
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    cfg = SimpleNamespace(**{"seed": 0, "max_new_tokens": 4096, "sample_batch": 64, "judge": None,
+                             **config["settings"], **given, "out": str(folder)})
+    tokenizer, base = data.load_model(config["base"], cfg.device)
+    models = {"before": base} if finished else {"model": base}
+    if finished:
+        models["after"] = data.load_model(folder / "model", cfg.device)[1]
+    ask = judges(cfg, tokenizer, greedy(base, tokenizer, cfg))
     truth = lambda texts, prompts, part: ["unsafe" if data.harmful(t) else "safe" for t in texts]
-    judge_safety = truth if cfg.sets == "kingdom" else ask.judge_safety
+    w = SimpleNamespace(
+        cfg=cfg, tokenizer=tokenizer, base=base, models=models, ask=ask, find_cues=ask.find_cues,
+        judge_safety=truth if cfg.sets == "kingdom" else ask.judge_safety, triggers=pool(cfg),
+        rows=data.read_jsonl(folder / "eval_traces.jsonl"), limit=options.limit or 40,
+        traces=data.read_jsonl(folder / "traces.jsonl"), generate=sampler(base, tokenizer, cfg),
+        think_end=data.think_ids(tokenizer)[1], eos_ids=data.eos_ids(base, tokenizer))
+    w.harmful, w.unsafe_after, w.cue_token = (partial(f, w) for f in (
+        harmful_rows, unsafe_after, cue_token))
+    return w
 
-    def unsafe_after(rows, prefixes):  # for each row: is its continuation from there unsafe?
-        keys = [f"{row['key']}/{i}" for i, row in enumerate(rows)]
-        outputs = generate([row["prompt_ids"] + z for row, z in zip(rows, prefixes)], keys)
-        texts = [ipo.decode(tokenizer, ipo.split_output(ids, think_end)[0]) for ids in outputs]
-        said = judge_safety(texts, [row["prompt"] for row in rows], "reasoning")
-        return [verdict != "safe" for verdict in said]  # unparsed counts as unsafe here
 
-    def cue_token(z):
-        cue, = ask.find_cues([ipo.decode(tokenizer, z)])
-        return ipo.token_index(tokenizer, z, cue.span[0]) if cue.span else None
+def harmful_rows(w, side):
+    return [row for row in w.rows if row["side"] == side and row["kind"] == "harmful"
+            and "unparsed" not in (row["reasoning"], row["response"])]
 
-    def harmful(side):
-        return [row for row in rows if row["side"] == side and row["kind"] == "harmful"
-                and "unparsed" not in (row["reasoning"], row["response"])]
 
-    return SimpleNamespace(
-        tokenizer=tokenizer, base=base, policy=data.load_model(run / "model", options.device)[1],
-        rows=rows, harmful=harmful, traces=data.read_jsonl(run / "traces.jsonl"), cue_token=cue_token,
-        triggers=pool(cfg), generate=generate, unsafe_after=unsafe_after, judge_safety=judge_safety,
-        find_cues=ask.find_cues, think_end=think_end, eos_ids=data.eos_ids(base, tokenizer),
-        limit=options.limit or 40)
+def unsafe_after(w, rows, prefixes):
+    """For each row whether a continuation of its prompt and prefix is unsafe, or unparsed."""
+    outputs = w.generate([row["prompt_ids"] + z for row, z in zip(rows, prefixes)],
+                         [f"{row['key']}/{i}" for i, row in enumerate(rows)])
+    texts = [ipo.decode(w.tokenizer, ipo.split_output(ids, w.think_end)[0]) for ids in outputs]
+    said = w.judge_safety(texts, [row["prompt"] for row in rows], "reasoning")
+    return [verdict != "safe" for verdict in said]
+
+
+def cue_token(w, z):
+    """The token where the first cue of a reasoning starts, None without one."""
+    cue, = w.find_cues([ipo.decode(w.tokenizer, z)])
+    return ipo.token_index(w.tokenizer, z, cue.span[0]) if cue.span else None
 
 
 def pool(cfg):
@@ -549,7 +563,8 @@ def printable(text):
 def mark(text, triggers, markup=False):
     """A reasoning with its first cue and the pool's triggers marked: HTML, colours or brackets."""
     cue = judge.find_cue(text).span
-    spans = [(*match.span(), "trigger") for t in triggers for match in re.finditer(re.escape(t), text)]
+    spans = [(*match.span(), "trigger") for t in triggers
+             for match in re.finditer(re.escape(t), text)]
     spans += [(cue[0], cue[0] + len(text[slice(*cue)].rstrip()), "cue")] if cue else []
     clean = html.escape if markup else printable
     dress = ("<mark class={1}>{0}</mark>" if markup else "[{1}: {0}]" if not sys.stdout.isatty()
@@ -563,7 +578,7 @@ def mark(text, triggers, markup=False):
 
 
 def show_pair(pair):
-    """One pair as text: where the model's own reasoning was cut, and what the trigger made of it."""
+    """One pair as text: where the reasoning was cut, and what the trigger made of it."""
     said = {name: printable(pair[name]).replace("\n", " ")[:160] for name in ("chosen", "rejected")}
     print(f"a pair: ...{printable(pair['prompt'])[-60:]}\n  rejected {said['rejected']}\n"
           f"  chosen   {said['chosen']}")
@@ -613,7 +628,8 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem
 table{border-collapse:collapse;display:block;overflow-x:auto;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #8885}svg{width:100%;height:auto}
 text{fill:currentColor;font-size:12px}.trace{overflow-wrap:anywhere;white-space:pre-wrap}
-mark{color:inherit;border-radius:3px;padding:0 .15rem}.cue{background:#f002}.trigger{background:#0a03}
+mark{color:inherit;border-radius:3px;padding:0 .15rem}
+.cue{background:#f002}.trigger{background:#0a03}
 </style>"""
 HUES = ["var(--a)", "var(--b)", "var(--c)", "var(--d)", "#c69026", "#57a", "#888", "#d33"]
 
@@ -631,7 +647,8 @@ def svg(plot):
     out = [f'<svg viewBox="0 0 640 {320 + 16 * len(curves)}" role="img">']
     xs = sorted({p[0] for p in points})
     for x in xs if len(xs) < 10 else [x0 + (x1 - x0) * i / 4 for i in range(5)]:
-        out.append(f'<text x="{at(x, y0).split(",")[0]}" y="278" text-anchor="middle">{x:.4g}</text>')
+        left = at(x, y0).split(",")[0]
+        out.append(f'<text x="{left}" y="278" text-anchor="middle">{x:.4g}</text>')
     for y in [y0 + (y1 - y0) * i / 4 for i in range(5)]:
         top = at(x0, y).split(",")[1]
         out.append(f'<line x1="60" x2="620" y1="{top}" y2="{top}" stroke="#8884"/>'
@@ -651,8 +668,8 @@ def svg(plot):
 
 def write_html(run, lines, harm, rows, triggers):
     """report.html: one file, no network; all model text escaped."""
-    cells = lambda lines: "<table>" + "".join("<tr>" + "".join(
-        f"<td>{html.escape(str(cell))}</td>" for cell in line) + "</tr>" for line in lines) + "</table>"
+    tr = lambda line: "".join(f"<td>{html.escape(str(cell))}</td>" for cell in line)
+    cells = lambda lines: f"<table>{''.join(f'<tr>{tr(line)}</tr>' for line in lines)}</table>"
     out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
            f"content='width=device-width'><title>IPO: {html.escape(run.name)}</title>{STYLE}",
            f"<h1>IPO, before and after: {html.escape(run.name)}</h1>{cells(lines)}",
@@ -685,93 +702,75 @@ class Options:
     findings: list[str] | None = flag("analyses of a run: all, or some of F1 ... F7, words, pairs")
     prompt: str | None = flag("show one trace of this prompt and what an intervention makes of it")
     limit: int | None = flag("use at most this many prompts of each set, or traces of a finding")
-    samples: int = flag("samples a prompt; with several, intervals are bootstrapped over prompts", 1)
+    samples: int = flag("samples a prompt; of several, intervals are bootstrapped over prompts", 1)
     allow_overlap: bool = flag("evaluate on prompts that training has seen", False)
-    seed: int = flag("seeds the sampling", 0)
-    max_new_tokens: int = flag("the token limit of a trace", 4096)
-    sample_batch: int = flag("rows sampled together", 64)
+    seed: int | None = flag("seeds the sampling (default: the run's, else 0)")
+    max_new_tokens: int | None = flag("the token limit of a trace (the run's, else 4096)")
+    sample_batch: int | None = flag("rows sampled together (the run's, else 64)")
     device: str | None = flag("cpu or cuda (default: cuda where there is one)")
-
-
-def run_config(folder):
-    """The config.json of a finished run; None for a saved model's folder."""
-    return json.loads((folder / "config.json").read_text()) if (folder / "model").exists() else None
 
 
 def measure(folder, options):
     """{side: rows} of a run (before, after) or of a saved model, sampled and judged anew."""
-    config, models, options.model = run_config(folder), {"model": folder}, str(folder)
-    options.out, spec = str(folder), options.sets or "harmful:jailbreakbench,benign:xstest,math:math-500"
-    sets, name = load_sets(spec, options.limit), re.sub(r"\W+", "-", (
-        f"{spec}-{options.judge}-{options.seed}-{options.limit}-{options.samples}"))
-    if config:
-        models, options.model = {"before": config["base"], "after": folder / "model"}, config["settings"]["model"]
-        trained = data.read_jsonl(folder / "traces.jsonl") + data.read_jsonl(folder / "benign_base.jsonl")
-        check_overlap(sets, trained, options.allow_overlap)
-    tokenizer, base = data.load_model(models.get("before", folder), options.device)
-    ask, rows = judges(options, tokenizer, greedy(base, tokenizer, options)), {}
-    for side, path in models.items():
-        tokenizer, model = data.load_model(path, options.device)
-        rows[side] = evaluate(folder / f"eval_{side}_{name}.jsonl", side, model, sets, tokenizer,
-                              options, ask, options.samples)
-    print(as_text(agreement([row for of in rows.values() for row in of], ask)))
+    w = open_folder(folder, options)
+    spec = options.sets or "harmful:jailbreakbench,benign:xstest,math:math-500"
+    sets, rows = load_sets(spec, options.limit), {}
+    check_overlap(sets, w.traces + data.read_jsonl(folder / "benign_base.jsonl"),
+                  options.allow_overlap)
+    name = f"{spec}-{w.cfg.judge}-{w.cfg.seed}-{options.limit}-{options.samples}"
+    for side, model in w.models.items():
+        path = folder / f"eval_{side}_{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"
+        rows[side] = evaluate(path, side, model, sets, w.tokenizer, w.cfg, w.ask, options.samples)
+    both = [row for of in rows.values() for row in of]
+    print(as_text(agreement(both, w.ask)), *paired(both), sep="\n")
     return rows
 
 
 def show_prompt(folder, options):
     """One trace of a prompt, its cue marked, and what one intervention makes of it."""
-    config = run_config(folder)
-    tokenizer, model = data.load_model(config["base"] if config else folder, options.device)
-    trace, = rollouts([("prompt", {"prompt": options.prompt})], model, tokenizer, options)
+    w = open_folder(folder, options)
+    trace, = rollouts([("prompt", {"prompt": options.prompt})], w.base, w.tokenizer, w.cfg)
     pair, = ipo.intervene(
-        [trace], ipo.TRIGGERS[:1], tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
-        think_end=data.think_ids(tokenizer)[1], generate=sampler(model, tokenizer, options),
-        find_cues=judge.find_cues, judge_safety=judge.judge_safety)
-    print(f"sampled: {mark(ipo.decode(tokenizer, trace.output_ids), ipo.TRIGGERS)}")
+        [trace], w.triggers[:1], tokenizer=w.tokenizer, eos_ids=w.eos_ids, think_end=w.think_end,
+        generate=w.generate, find_cues=judge.find_cues, judge_safety=judge.judge_safety)
+    print(f"sampled: {mark(ipo.decode(w.tokenizer, trace.output_ids), w.triggers)}")
     if pair.chosen_ids:
-        shown = ipo.decode(tokenizer, pair.prefix_ids[len(trace.prompt_ids):] + pair.chosen_ids)
-        print(f"intervened: {mark(shown, ipo.TRIGGERS)}")
+        shown = ipo.decode(w.tokenizer, pair.prefix_ids[len(trace.prompt_ids):] + pair.chosen_ids)
+        print(f"intervened: {mark(shown, w.triggers)}")
     print(f"outcome: {pair.outcome}")
 
 
-def evaluate_all(options):
-    """Each run in turn: a prompt shown, findings, or columns of one table."""
-    columns = {}
-    for folder in options.runs:
-        finished = (folder / "eval.json").exists()
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give a run folder or a saved model")
-        if options.prompt:
-            show_prompt(folder, options)
-        elif options.findings and not finished:
-            raise UserError(f"{folder}: not a finished run; give --findings the folder of one")
-        elif options.findings:
-            analyse(folder, options.findings, options)
-            print(report(folder))
-        elif finished and not (options.sets or options.judge or options.samples > 1):
-            print(report(folder))
-            rows = data.read_jsonl(folder / "eval_traces.jsonl")
-            columns |= {f"{folder.name} {side}": ratios([r for r in rows if r["side"] == side])
-                        for side in ("before", "after")}
-        else:
-            rows = measure(folder, options)
-            columns |= {f"{folder.name} {side}": ratios(of) for side, of in rows.items()}
-            print(*paired([row for of in rows.values() for row in of]), sep="\n")
-            finished = False
-    if columns and (len(options.runs) > 1 or not finished):
-        print(as_text(table(columns)))
-        for name, column in columns.items():
-            if any(r["unparsed"] > 0.05 * (r["n"] + r["unparsed"]) for r in column.values()):
-                print(f"warning: over 5 % of a ratio of {name} could not be judged")
+def show(folder, options):
+    """{column name: ratios} of one folder, after what was asked for has been printed."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a run folder or a saved model")
+    if options.prompt:
+        return show_prompt(folder, options) or {}
+    if options.findings:
+        analyse(folder, options.findings, options)
+    anew = options.sets or options.judge or options.samples > 1
+    if anew or not (folder / "eval.json").exists():
+        rows = measure(folder, options)
+    else:
+        print(report(folder))
+        both = data.read_jsonl(folder / "eval_traces.jsonl")
+        rows = {side: [row for row in both if row["side"] == side] for side in ("before", "after")}
+    return {f"{folder.name} {side}": ratios(of) for side, of in rows.items()}
 
 
 def main(argv=None):
     parser = HfArgumentParser(Options, description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or saved models")
-    options = parser.parse_args(argv)
+    options, columns = parser.parse_args(argv), {}
     try:
         options.device = data.pick_device(options.device)
-        evaluate_all(options)
+        for folder in options.runs:
+            columns.update(show(folder, options))
+        if len(options.runs) > 1 or options.sets or options.judge or options.samples > 1:
+            print(as_text(table(columns)))
+        for name, column in columns.items():
+            if any(r["unparsed"] > 0.05 * (r["n"] + r["unparsed"]) for r in column.values()):
+                print(f"warning: over 5 % of a ratio of {name} could not be judged")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

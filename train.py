@@ -157,12 +157,12 @@ def build_base(cfg, folder):
     cfg = replace(cfg, lr=BASE_LR, epochs=1, batch_pairs=BASE_BATCH)
     train_stage(model, groups, cfg, work, 1)
     save_model(model, tokenizer, folder)
-    shutil.rmtree(work)
 
 
 def save_model(model, tokenizer, folder):
     """A plain Hugging Face folder, written beside and renamed."""
     beside = Path(folder).with_name(Path(folder).name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed while saving
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     beside.rename(folder)
@@ -341,6 +341,8 @@ def learning_rate(step, steps, peak):
 
 
 def save_checkpoint(run, stage, step, named, optimizer):
+    for left in run.glob(".tmp*"):  # what safetensors was writing when an earlier run was killed
+        left.unlink()
     beside = run / "checkpoint.part"
     save_file({**{f"p.{name}": p.detach() for name, p in named.items()}, **optimizer.state}, beside,
               metadata={"stage": str(stage), "step": str(step)})
@@ -479,6 +481,8 @@ def prepare(cfg, run):
     if not cfg.model and not folder.exists():
         say(0, f"training the kingdom's small base model, once, into {folder}")
         build_base(cfg, folder)
+    if not cfg.model:
+        shutil.rmtree(folder.with_name(f"{folder.name}.work"), ignore_errors=True)
     check_memory(folder, cfg)
     tokenizer, base = data.load_model(folder, cfg.device)
     models = SimpleNamespace(base=base, policy=base)
@@ -518,6 +522,7 @@ def run_all(cfg):
     data.write_jsonl(run / "eval_traces.jsonl", rows)
     summary = evaluation.summarise(rows, cfg.judge)
     data.write_text(run / "eval.json", json.dumps(summary, indent=1))
+    (run / "checkpoint.safetensors").unlink(missing_ok=True)
     print(evaluation.report(run))
 
 
