@@ -627,7 +627,7 @@ STYLE = """<style>:root{color-scheme:light dark;--a:#0969da;--b:#bc4c00;--c:#1a7
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem}
 table{border-collapse:collapse;display:block;overflow-x:auto;font-variant-numeric:tabular-nums}
 td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #8885}svg{width:100%;height:auto}
-text{fill:currentColor;font-size:12px}.trace{overflow-wrap:anywhere;white-space:pre-wrap}
+h1,h2,h3,p{overflow-wrap:anywhere}text{fill:currentColor;font-size:12px}.trace{white-space:pre-wrap}
 mark{color:inherit;border-radius:3px;padding:0 .15rem}
 .cue{background:#f002}.trigger{background:#0a03}
 </style>"""

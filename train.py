@@ -72,6 +72,7 @@ DEFAULTS = {
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
                   micro_tokens=16384, batch_pairs=32, epochs=1, lr=1e-6, beta=0.1),
 }
+FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a run goes on
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 240, "math": 40}
@@ -84,7 +85,7 @@ def check_run(cfg):
     old = json.loads(path.read_text())["settings"] if path.exists() else {}
     differ = ", ".join(f"{name}={old.get(name)} (now {value})"
                        for name, value in asdict(cfg).items()
-                       if old and name != "out" and old.get(name) != value)
+                       if old and name not in FREE and old.get(name) != value)
     if differ:
         raise UserError(f"{run} was made with other settings: {differ}; give another --out")
     return run
@@ -545,8 +546,12 @@ def parse(argv=None):
 def main(argv=None):
     try:
         run_all(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        told = {torch.OutOfMemoryError: "the GPU's memory is full; a smaller --micro-tokens or "
+                "--sample-batch may fit"}.get(type(error), " ".join(str(error).split()))
+        print(f"error: {told}" + ("" if isinstance(error, UserError) else
+              "; what was finished is kept: mend it and give the same command again"),
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

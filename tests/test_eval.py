@@ -1,7 +1,10 @@
 """Evaluation: intervals checked against another formula, and what counts as what."""
 
 import html
+import json
 import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -202,3 +205,66 @@ def test_an_empty_or_flat_plot_is_still_an_svg():
     assert "nothing" in evaluation.svg(("x", "y", {"none": []}))
     drawn = evaluation.svg(("<x>", "y", {"a & b": [(0, 0, 0, 0)]}))
     ElementTree.fromstring(drawn)  # well-formed, labels escaped
+
+
+HOSTILE = """</p></svg><script>document.title='owned'</script><img src=x onerror="document.title='owned'">
+<style>body{display:none}</style>&lt;b&gt; \u202e\x1b[31m javascript:alert(1) 'x" onload=alert(1)"""
+
+
+def finished_run(folder, text):
+    """A finished run whose prompts, traces, triggers' table and findings all say `text`."""
+    row = {"key": "h/0/0", "kind": "harmful", "set": "s", "prompt": text, "reasoning": True,
+           "response": True, "response_text": text}
+    rows = [{**row, "side": side, "reasoning_text": f"They ask. Let me think about how. {text}"}
+            for side in ("before", "after")]
+    data.write_jsonl(folder / "eval_traces.jsonl", rows)
+    data.write_jsonl(folder / "log.jsonl", [
+        {"pairs": 1, "margin": i, "chosen": -i, "rejected": -2 * i} for i in range(9)])
+    (folder / "config.json").write_text('{"settings": {"triggers": null}}')
+    summary = evaluation.summarise(rows, "keywords")
+    (folder / "eval.json").write_text(json.dumps(summary))
+    curves = {text: [(x, x / 9, 0, 1) for x in range(9)], "b": [(0, -1, -2, 0), (9, 3, 2, 4)]}
+    found = {"F6": ([[text, "1"], [text, "x" * 500]], (text, text, curves))}
+    (folder / "findings.json").write_text(json.dumps(found))
+
+
+def browse(page, tmp_path, width):
+    """The page's DOM after its scripts, if any, have run in a real browser."""
+    flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+        --disable-background-networking --disable-component-update --dump-dom""".split()
+    told = subprocess.run(["chromium", *flags, f"--user-data-dir={tmp_path / 'browser'}",
+                           f"--window-size={width},900", page.as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    return told.stdout
+
+
+# Run by the browser in a copy of the page: does anything stick out, or is a drawing empty?
+MEASURE = """<script>addEventListener("load", () => {
+  const wide = document.documentElement.scrollWidth > innerWidth + 1, bad = [];
+  for (const svg of document.querySelectorAll("svg")) {
+    const box = svg.viewBox.baseVal;
+    if (svg.querySelectorAll("polyline").length < 2) bad.push("empty");
+    for (const part of svg.querySelectorAll("text,polyline,polygon")) {
+      const b = part.getBBox();
+      if (b.y < -1 || b.y + b.height > box.height + 1 || b.x < -1) bad.push(part.outerHTML);
+    }
+  }
+  document.title = "measured " + (wide ? "wide" : "fits") + " " + bad.length + bad.join("|");
+})</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser")
+def test_a_report_of_hostile_traces_runs_nothing_and_nothing_is_cut_off(tmp_path, capsys):
+    finished_run(tmp_path, HOSTILE)
+    print(evaluation.report(tmp_path))
+    assert "\x1b" not in capsys.readouterr().out
+    dom = browse(tmp_path / "report.html", tmp_path, 900)
+    assert "<title>IPO" in dom and "owned'" in dom  # shown as text, and not run
+    assert not re.search("<(script|img)[ >]", dom) and dom.count("<style") == 1
+    finished_run(tmp_path, "a long legend that a phone must still show in full, whatever it says")
+    evaluation.report(tmp_path)
+    copy = tmp_path / "copy.html"
+    copy.write_text((tmp_path / "report.html").read_text() + MEASURE)
+    for width in (360, 1200):
+        title = re.search("<title>(.*?)</title>", browse(copy, tmp_path, width))[1]
+        assert title == "measured fits 0"

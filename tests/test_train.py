@@ -1,11 +1,14 @@
 """The real path whole, on small models of three families that were taught a few traces by heart."""
 
+import errno
 import json
+import math
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,6 +148,89 @@ def check_saved_model(out, base):
     assert again == [row["output_ids"] for row in rows]
     old = AutoModelForCausalLM.from_pretrained(base).state_dict()
     assert any(not torch.equal(value, old[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error, said", [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--micro-tokens"),
+    (data.UserError("the judge at http://x does not answer"), "the judge at"),
+])
+def test_a_full_disk_memory_or_a_lost_judge_is_one_line_and_the_run_goes_on(
+    error, said, taught, tmp_path, monkeypatch, capsys
+):
+    base = taught("llama")
+    train.main(flags(base, tmp_path / "whole"))
+    real, calls = data.append_jsonl, []
+
+    def fail(path, records):
+        calls.append(path)
+        if len(calls) == 4:
+            raise error
+        real(path, records)
+
+    monkeypatch.setattr(data, "append_jsonl", fail)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(base, tmp_path / "stopped"))
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and told.startswith("error: ") and said in told
+    train.main(flags(base, tmp_path / "stopped", "--sample-batch", "3"))  # a remedy is no change
+    for name in ("pairs.jsonl", "log.jsonl", "model/model.safetensors"):
+        whole, stopped = ((tmp_path / run / name).read_bytes() for run in ("whole", "stopped"))
+        assert whole == stopped, name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
+    taught, tmp_path, monkeypatch, capsys
+):
+    real, seen = ipo.ipo_loss, []
+
+    def nan_at_the_third(policy, *args):
+        loss, stats = real(policy, *args)
+        seen.append([p.detach().clone() for p in policy.parameters()])
+        return (loss * math.nan if len(seen) == 3 else loss), stats
+
+    monkeypatch.setattr(ipo, "ipo_loss", nan_at_the_third)
+    saved = []
+    monkeypatch.setattr(train.AdamW, "step", lambda self, lr: saved.append(lr))
+    with pytest.raises(SystemExit):
+        train.main(flags(taught("llama"), tmp_path / "run"))
+    assert "not finite" in capsys.readouterr().err
+    assert len(saved) == 2  # two steps were taken, the third was not
+    assert len(data.read_jsonl(tmp_path / "run" / "log.jsonl")) == 2
+
+
+def test_rollouts_made_elsewhere_and_ones_own_triggers_are_used(taught, tmp_path):
+    base = taught("llama")
+    train.main(flags(base, tmp_path / "own"))
+    traces = data.read_jsonl(tmp_path / "own" / "traces.jsonl")
+    data.write_jsonl(tmp_path / "given.jsonl", [
+        {"prompt": t["prompt"], "output_ids": t["output_ids"]} for t in traces])
+    data.write_jsonl(tmp_path / "text.jsonl", [
+        {"prompt": t["prompt"], "output": "<think>\n" + t["text"].removesuffix("<|end|>")}
+        for t in traces])
+    (tmp_path / "triggers.txt").write_text(ipo.TRIGGERS[2] + "\n" + ipo.TRIGGERS[0])
+    for name in ("given", "text"):
+        train.main(flags(base, tmp_path / name, "--traces", str(tmp_path / f"{name}.jsonl"),
+                         "--triggers", str(tmp_path / "triggers.txt")))
+        again = data.read_jsonl(tmp_path / name / "traces.jsonl")
+        assert [t["output_ids"] for t in again] == [t["output_ids"] for t in traces]
+        used = {pair["trigger"] for pair in data.read_jsonl(tmp_path / name / "pairs.jsonl")}
+        assert used <= {ipo.TRIGGERS[2], ipo.TRIGGERS[0]} and used
+
+
+def test_an_eight_billion_model_in_full_is_said_not_to_fit_a_small_gpu(tmp_path, monkeypatch, capsys):
+    shape = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"])
+    shape.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24 * 2 ** 30))
+    cfg = train.parse(["--model", str(tmp_path)])
+    with pytest.raises(data.UserError, match="--lora-rank 16"):
+        train.check_memory(tmp_path, cfg)
+    assert "weights and optimizer 59.8" in capsys.readouterr().out  # 8.03 G parameters, 8 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 141 * 2 ** 30))
+    train.check_memory(tmp_path, cfg)
 
 
 @pytest.mark.parametrize("stage", ["make_pairs", "sample_benign", "save_checkpoint", "save_model"])
