@@ -523,8 +523,22 @@ def run_all(cfg):
     data.write_jsonl(run / "eval_traces.jsonl", rows)
     summary = evaluation.summarise(rows, cfg.judge)
     data.write_text(run / "eval.json", json.dumps(summary, indent=1))
+    write_card(run, cfg, summary)
     (run / "checkpoint.safetensors").unlink(missing_ok=True)
     print(evaluation.report(run))
+
+
+def write_card(run, cfg, summary):
+    """The model card of the saved folder: what it is, its settings and its results."""
+    lines = evaluation.table({side: summary[side] for side in ("before", "after")})
+    cells = ["| " + " | ".join(line) + " |" for line in lines]
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(cfg).items() if name != "out")
+    data.write_text(run / "model" / "README.md", "\n".join([
+        "---", f"base_model: {cfg.model}" if cfg.model else "license: mit", "tags: [ipo, safety]",
+        "---", "Trained with Intervened Preference Optimization (arXiv 2509.24393)"
+        + (" on a synthetic world; no evidence about real models." if not cfg.model else "."),
+        "", *cells[:1], "|---" * len(lines[0]) + "|", *cells[1:], "",
+        f"Judge: {summary['judge']}. Settings: {settings}."]))
 
 
 def say(step, what):

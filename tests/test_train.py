@@ -146,8 +146,26 @@ def check_saved_model(out, base):
         [r["prompt_ids"] for r in rows], [r["key"] for r in rows]
     )
     assert again == [row["output_ids"] for row in rows]
+    card = (out / "model" / "README.md").read_text()
+    assert "Intervened Preference Optimization" in card and "| harmful reasoning |" in card
     old = AutoModelForCausalLM.from_pretrained(base).state_dict()
     assert any(not torch.equal(value, old[name]) for name, value in model.state_dict().items())
+
+
+def test_pairs_jsonl_feeds_trls_dpo_trainer_unchanged(taught, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import load_dataset
+
+    base = taught("llama")
+    train.main(flags(base, tmp_path / "run"))
+    pairs = load_dataset("json", data_files=str(tmp_path / "run" / "pairs.jsonl"), split="train",
+                         cache_dir=str(tmp_path / "cache"))
+    args = trl.DPOConfig(str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=2,
+                         use_cpu=True, report_to=[], max_length=None)
+    trainer = trl.DPOTrainer(str(base), args=args, train_dataset=pairs,
+                             processing_class=AutoTokenizer.from_pretrained(base))
+    result = trainer.train()
+    assert result.training_loss == pytest.approx(math.log(2), abs=1e-3)
 
 
 @pytest.mark.parametrize("error, said", [
