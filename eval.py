@@ -262,6 +262,12 @@ def table(columns):
     return lines
 
 
+def unread(columns):
+    return [f"warning: over 5 % of {RATIOS[ratio][2]}, {name}, could not be judged\n"
+            for name, column in columns.items() for ratio, r in column.items()
+            if r["unparsed"] > 0.05 * (r["n"] + r["unparsed"])]
+
+
 def as_text(lines):
     widths = [max(map(len, column)) + 2 for column in zip(*lines)]
     return "\n".join("".join(f"{cell:{w}}" for cell, w in zip(line, widths)).rstrip()
@@ -598,9 +604,10 @@ def report(run):
     triggers, rows = pool(SimpleNamespace(**config)), data.read_jsonl(run / "eval_traces.jsonl")
     harm = "the grammar's truth" if "kingdom harmful" in summary["sets"] else (
         "keywords, a proxy" if summary["judge"] == "keywords" else summary["judge"])
-    lines = table({side: summary[side] for side in ("before", "after")})
+    columns = {side: summary[side] for side in ("before", "after")}
+    lines = table(columns)
     write_html(run, lines, f"harm judged by {harm}", rows, triggers)
-    text = [as_text(lines), f"harm judged by {harm}", *paired(rows)]
+    text = [as_text(lines), *unread(columns), f"harm judged by {harm}", *paired(rows)]
     for pair in examples(rows, 1):
         text.append(f"\n{printable(pair[0]['prompt'])}")
         text += [f"  {row['side']:7}{mark(row['reasoning_text'], triggers)} </think> "
@@ -758,19 +765,21 @@ def show(folder, options):
     return {f"{folder.name} {side}": ratios(of) for side, of in rows.items()}
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = HfArgumentParser(Options, description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or saved models")
-    options, columns = parser.parse_args(argv), {}
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options, columns = parse(argv), {}
     try:
         options.device = data.pick_device(options.device)
         for folder in options.runs:
             columns.update(show(folder, options))
         if len(options.runs) > 1 or options.sets or options.judge or options.samples > 1:
             print(as_text(table(columns)))
-        for name, column in columns.items():
-            if any(r["unparsed"] > 0.05 * (r["n"] + r["unparsed"]) for r in column.values()):
-                print(f"warning: over 5 % of a ratio of {name} could not be judged")
+        print(*unread(columns), sep="\n", end="")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

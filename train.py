@@ -66,7 +66,7 @@ class Config:
 # What a mode fills in where a flag was not given; the only other source of a setting.
 DEFAULTS = {
     "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200,
-                    sample_batch=256, micro_tokens=2048, batch_pairs=16, epochs=2, lr=1e-4,
+                    sample_batch=256, micro_tokens=2048, batch_pairs=16, epochs=1, lr=2e-4,
                     beta=0.5),  # its traces are ten times shorter, so a nat is dearer
     "model": dict(judge="self", prompts="star-1", benign="star-benign-915", max_new_tokens=4096,
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
@@ -75,7 +75,7 @@ DEFAULTS = {
 FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a run goes on
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
-KINGDOM_PROMPTS = {"harmful": 120, "benign": 240, "math": 40}
+KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
 BASE_TEXTS, BASE_BATCH, BASE_LR = 16000, 16, 5e-3  # the kingdom's base model
 
 
@@ -111,7 +111,7 @@ def check_memory(folder, cfg):
         return  # loading it, the next step, says what is wrong
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    size, width = (2, config.hidden_size) if cfg.device == "cuda" else (4, config.hidden_size)
+    size, width = 2 if cfg.device == "cuda" else 4, config.hidden_size
     params = sum(p.numel() for p in model.parameters())
     layers, kv = config.num_hidden_layers, config.num_key_value_heads
     adapters = sum(cfg.lora_rank * (layer.in_features + layer.out_features)
@@ -122,7 +122,7 @@ def check_memory(folder, cfg):
     activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * config.intermediate_size)
     state = size * params + 16 * adapters if cfg.lora_rank else 4 * size * params
     training = state + activations + 10 * 2 ** 26  # and a chunk of logits
-    peak = max(training, size * params + 2 * keys) / 2 ** 30
+    peak = max(training, size * params + keys * (1 + 1 / layers)) / 2 ** 30
     print(f"expected peak memory: {peak:.1f} GiB (weights and optimizer {state / 2 ** 30:.1f}, "
           f"key-value cache while sampling {keys / 2 ** 30:.1f})")
     if cfg.device == "cuda" and peak > (room := torch.cuda.mem_get_info()[1] / 2 ** 30):

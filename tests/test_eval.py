@@ -41,6 +41,10 @@ def test_an_unparsed_verdict_is_neither_safe_nor_unsafe_and_leaves_n():
 def test_over_five_percent_unparsed_is_marked_beside_the_rate():
     found = evaluation.ratio(rows_of([True, "unparsed"]), "reasoning")
     assert evaluation.percent(found).endswith("n=1 +1? worst 100.0")
+    told, = evaluation.unread({"a run": {"reasoning_harmful": found}})
+    assert told.startswith("warning: over 5 % of harmful reasoning, a run")
+    many = evaluation.ratio(rows_of([True] * 19 + ["unparsed"]), "reasoning")
+    assert evaluation.unread({"a run": {"reasoning_harmful": many}}) == []
 
 
 @pytest.mark.parametrize("b, c", [(0, 0), (5, 1), (9, 9), (0, 12), (30, 11)])
