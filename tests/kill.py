@@ -145,10 +145,11 @@ def main(seed=0):
             prove(rounds, (FLAGS + more).split(), table, random.Random(f"{seed} {name}"))
     columns = ("kills", "torn", "runs", "same", "lost", "seconds")
     print(" " * 12, *(f"{name:>8}" for name in columns), " torn: in a write; runs: by first kill")
-    for stage, n in zip([*STAGES, "all"], [*table, sum(table, Counter())]):
+    every = sum(table, Counter())
+    for stage, n in zip([*STAGES, "all"], [*table, every]):
         print(f"{stage:12}", *(f"{n[name]:8.0f}" for name in columns))
     print(f"{time.time() - clock:.0f} s")
-    sys.exit(not all(n["kills"] and n["same"] == n["runs"] for n in table))
+    sys.exit(not (every["kills"] >= 30 and every["same"] == every["runs"]))
 
 
 if __name__ == "__main__":
