@@ -76,7 +76,7 @@ FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a ru
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
-BASE_TEXTS, BASE_BATCH, BASE_LR = 16000, 16, 5e-3  # the kingdom's base model
+BASE_TEXTS, BASE_BATCH, BASE_LR = 20800, 16, 5e-3  # the kingdom's base model
 
 
 def check_run(cfg):
@@ -547,7 +547,10 @@ def say(step, what):
 
 
 def parse(argv=None):
-    cfg, = HfArgumentParser(Config, description=__doc__).parse_args_into_dataclasses(argv)
+    told = "; ".join(f"{mode}: {', '.join(f'{name} {value}' for name, value in of.items())}"
+                     for mode, of in DEFAULTS.items())
+    parser = HfArgumentParser(Config, description=__doc__, epilog=f"None means, {told}")
+    cfg, = parser.parse_args_into_dataclasses(argv)
     for name, value in DEFAULTS["model" if cfg.model else "kingdom"].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
