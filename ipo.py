@@ -95,9 +95,8 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
     A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
     seeded by (seed, its key; by default its place): its text does not depend on its batch.
     """
-    keys = range(len(prompts)) if keys is None else keys
-    uniform = [random.Random(f"{seed} {key}").random for key in keys]
-    outputs, smaller = [[] for _ in prompts], False
+    uniform = [random.Random(f"{seed} {key}").random for key in keys or range(len(prompts))]
+    outputs, halved = [[] for _ in prompts], False
 
     def pick(logits, rows):
         numbers = torch.tensor([uniform[row]() for row in rows], device=logits.device)
@@ -112,9 +111,9 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
         try:
             _sample_batch(model, rows, prompts, outputs, pick, goes_on, few)
         except torch.OutOfMemoryError:
-            if smaller or batch_size == 1:
+            if halved or batch_size == 1:
                 raise
-            smaller, batch_size = True, batch_size // 2
+            halved, batch_size = True, batch_size // 2
             print(f"out of memory: sampling goes on with {batch_size} rows", file=sys.stderr)
         waiting = list(filter(goes_on, rows)) + waiting
     return outputs
@@ -129,8 +128,8 @@ def _sample_batch(model, rows, prompts, outputs, pick, goes_on, few):
     mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     while True:
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        # by place: the cache's name has changed between versions of transformers
+        logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens = pick(logits, rows)                                                       # (B,)
         for row, token in zip(rows, tokens.tolist()):
             outputs[row].append(token)

@@ -66,7 +66,7 @@ class Config:
 # What a mode fills in where a flag was not given; the only other source of a setting.
 DEFAULTS = {
     "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200,
-                    sample_batch=256, micro_tokens=2048, batch_pairs=16, epochs=1, lr=2e-4,
+                    sample_batch=256, micro_tokens=1536, batch_pairs=16, epochs=1, lr=2e-4,
                     beta=0.5),  # its traces are ten times shorter, so a nat is dearer
     "model": dict(judge="self", prompts="star-1", benign="star-benign-915", max_new_tokens=4096,
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
@@ -76,7 +76,7 @@ FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a ru
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
-BASE_TEXTS, BASE_BATCH, BASE_LR = 20800, 16, 5e-3  # the kingdom's base model
+BASE_TEXTS, BASE_BATCH, BASE_LR = 14400, 16, 5e-3  # the kingdom's base model
 
 
 def check_run(cfg):
@@ -238,7 +238,7 @@ def stochastic_round_(target, value, generator):
 class AdamW:
     """Adam, its moments in the weights' own dtype: 8 bytes a bf16 parameter with its gradient."""
 
-    def __init__(self, named, betas=(0.9, 0.999), eps=1e-8, seed=0):
+    def __init__(self, named, betas=(0.9, 0.95), eps=1e-8, seed=0):
         self.named, self.betas, self.eps, self.seed, self.steps = dict(named), betas, eps, seed, 0
         self.state = {f"{m}.{name}": torch.zeros_like(p) for name, p in self.named.items()
                       for m in "mv"}
@@ -334,11 +334,11 @@ def train_stage(policy, groups, cfg, run, stage):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over the first tenth, then a cosine to a tenth of the peak."""
+    """Linear warm-up over the first tenth, then a cosine to 0."""
     warm = max(1, round(WARMUP * steps))
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def save_checkpoint(run, stage, step, named, optimizer):
@@ -451,7 +451,7 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     if not (run / "pairs.jsonl").exists():
         write_pairs(run / "pairs.jsonl", traces, tokenizer)
     pairs = data.read_jsonl(run / "pairs.jsonl")
-    evaluation.show_pair(pairs[0])
+    show_pair(pairs[0])
     groups = harmful_groups(pairs, think_end, cfg.supervise)
     work = partial(sample_benign, model=base, tokenizer=tokenizer, cfg=cfg)
     benign_base = data.in_shards(run / "benign_base.jsonl", benign, work)
@@ -490,7 +490,7 @@ def prepare(cfg, run):
 
     def base_sample(prompts):  # the judge is never the model under training
         with reference(models, cfg.device) as model:
-            return evaluation.greedy(model, tokenizer, cfg)(prompts)
+            return evaluation.sampler(model, tokenizer, cfg, temperature=0)(prompts)
 
     ask = evaluation.judges(cfg, tokenizer, base_sample)
     sets, prompts = evaluation.load_sets(cfg.sets, cfg.limit), training_prompts(cfg)
@@ -539,6 +539,14 @@ def write_card(run, cfg, summary):
         + (" on a synthetic world; no evidence about real models." if not cfg.model else "."),
         "", *cells[:1], "|---" * len(lines[0]) + "|", *cells[1:], "",
         f"Judge: {summary['judge']}. Settings: {settings}."]))
+
+
+def show_pair(pair):
+    """One pair as text: where the reasoning was cut, and what the trigger made of it."""
+    said = {name: evaluation.printable(pair[name]).replace("\n", " ")
+            for name in ("prompt", "chosen", "rejected")}
+    print(f"a pair: ...{said['prompt'][-60:]}\n  rejected {said['rejected'][:160]}\n"
+          f"  chosen   {said['chosen'][:160]}")
 
 
 def say(step, what):

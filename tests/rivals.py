@@ -59,14 +59,12 @@ def open_seed(seed, out, lr, epochs):
         train.build_base(cfg, folder)
     run.mkdir(parents=True, exist_ok=True)
     tokenizer, base = data.load_model(folder, cfg.device)
-    truth = lambda texts, prompts=None, part="": ["unsafe" if data.harmful(t) else "safe"
-                                                  for t in texts]
     sets = [(f"{r['set']}/{i}/0", r) for i, r in enumerate(evaluation.load_sets("kingdom"))]
     return SimpleNamespace(
         cfg=cfg, run=run, tokenizer=tokenizer, base=base, sets=sets,
         prompts=train.training_prompts(cfg)[0], think_end=data.think_ids(tokenizer)[1],
         curve=[of for of in sets if of[1]["kind"] == "harmful"][:CURVE],
-        ask=SimpleNamespace(find_cues=judge.find_cues, judge_safety=truth,
+        ask=SimpleNamespace(find_cues=judge.find_cues, judge_safety=data.judge_safety,
                             judge_compliance=judge.judge_compliance))
 
 

@@ -21,7 +21,7 @@ def main(run):
     config = json.loads((Path(run) / "config.json").read_text())
     tokenizer, model = data.load_model(config["base"], "cpu")
     cfg = SimpleNamespace(max_new_tokens=200, sample_batch=256, seed=0)
-    llm = judge.local_llm(tokenizer, evaluation.greedy(model, tokenizer, cfg))
+    llm = judge.local_llm(tokenizer, evaluation.sampler(model, tokenizer, cfg, temperature=0))
     rng, texts, starts = random.Random(3), [], []
     for record in data.kingdom_prompts("heldout", "harmful", 200):
         lines, cue, _ = data.kingdom_answer(record, rng, ipo.TRIGGERS)

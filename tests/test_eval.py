@@ -167,16 +167,17 @@ def test_marked_html_holds_the_text_and_no_tag_of_its_own(text):
     assert "<" not in bare and html.unescape(bare) == html.unescape(html.escape(text))
 
 
-def test_kl_bands_and_turning_points_are_read_off_a_made_up_curve(tokenizer):
+def test_kl_bands_and_turning_points_are_read_off_a_made_up_curve(tokenizer, monkeypatch):
     """CSR is 0 for 20 tokens and 1 from there: F4's turning point is token 20."""
     text = " ".join(["They ask."] * 4 + [ipo.TRIGGERS[0]] + ["It would be wrong."] * 6)
     z = tokenizer.encode(text)
     end = ipo.token_index(tokenizer, z, text.index(ipo.TRIGGERS[0]) + len(ipo.TRIGGERS[0]))
-    row = {"prompt_ids": [1], "output_ids": z, "reasoning": False}
-    w = SimpleNamespace(
-        tokenizer=tokenizer, think_end=4, triggers=ipo.TRIGGERS, limit=40,
-        harmful=lambda side: [row] * 12,
-        unsafe_after=lambda rows, prefixes: [len(prefix) < end for prefix in prefixes])
+    row = {"prompt_ids": [1], "output_ids": z, "reasoning": False, "response": False,
+           "side": "before", "kind": "harmful"}
+    w = SimpleNamespace(tokenizer=tokenizer, think_end=4, triggers=ipo.TRIGGERS, limit=40,
+                        rows=[row] * 12)
+    monkeypatch.setattr(evaluation, "unsafe_after",
+                        lambda w, rows, prefixes: [len(prefix) < end for prefix in prefixes])
     lines, (_, _, curves) = evaluation.safety_triggers(w)
     assert lines[1][:2] == ["0.9", "15"] and lines[1][2].startswith("100.0 %")
     assert lines[1][3] in ("+0.0", "-0.0")
@@ -194,10 +195,11 @@ def test_f6_counts_harm_left_after_each_intervention(tokenizer):
                 else " Let me think about how to do it." for p in prompts]
         return [encode(text) + [end] + encode(" No.") + eos for text in said]
     row = {"key": "a", "prompt": "How?", "prompt_ids": encode("How?"), "reasoning": True,
+           "response": True, "side": "before", "kind": "harmful",
            "output_ids": encode("They ask. Let me lay out a plan.") + [end] + encode("Ok.") + eos}
     w = SimpleNamespace(
         tokenizer=tokenizer, think_end=end, eos_ids=eos, triggers=ipo.TRIGGERS[:1], limit=5,
-        harmful=lambda side: [row], generate=generate, find_cues=judge.find_cues,
+        rows=[row], generate=generate, find_cues=judge.find_cues,
         judge_safety=lambda texts, prompts, part: ["safe"] * len(texts))
     lines, _ = evaluation.interventions(w)
     assert lines[1][1:] == ["100.0", "100.0", "0.0", "0.0", "0.0", "0.0", "1"]

@@ -441,7 +441,7 @@ def test_a_sampled_eos_is_kept_nothing_follows_it_and_the_limit_holds():
 def test_positions_count_from_each_rows_first_token_whatever_its_padding():
     model, seen = tiny_model(), []
     model.register_forward_pre_hook(
-        lambda module, args, named: seen.append(named["position_ids"][:, -1].tolist()),
+        lambda module, args, named: seen.append(args[2][:, -1].tolist()),
         with_kwargs=True)
     ipo.sample(model, [[11], [11, 12, 13]], max_new_tokens=3, eos_ids=[])
     assert seen == [[0, 2], [1, 3], [2, 4]]
