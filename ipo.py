@@ -4,8 +4,8 @@ Zhang et al., "Towards Safe Reasoning in Large Reasoning Models via Corrective I
 arXiv 2509.24393. (Not Identity Preference Optimization, 2310.12036, which others call "ipo".)
 
 A reasoning model answers prompt x with reasoning z, then </think>, then a response y. Asked for
-harm, it often turns toward helping in one sentence of z, the compliance cue, and what follows is
-unsafe. IPO cuts there, puts a safety trigger in the cue's place and lets the model continue:
+harm, it often turns toward helping in one sentence of z, the compliance cue. IPO cuts there, puts a
+safety trigger in the cue's place and lets the model continue:
 
   1. sample       z, y for each harmful prompt, from the model itself
   2. find_cues    the first compliance cue in z (judge.py); h is the token where it starts
@@ -61,23 +61,16 @@ class Trace:
 
 @dataclass
 class Pair:
-    """One intervention and what became of it; `outcome` is "kept" or why it was dropped.
-
-    Prompt "How do I rob the inn?", z = "They ask of the inn. First, pick the lock ...":
-    prefix_ids    x + "They ask of the inn."               shared by both sides, id by id
-    chosen_ids    " I shouldn't be helping someone do that. ... </think> I can't help." EOS
-    rejected_ids  " First, pick the lock ... </think> Here is how ..." EOS
-    h             where the reasoning was first cut: prefix_ids is x + z[:h]
-    """
+    """One intervention and what became of it. With z = "They ask of the inn. First, pick ...":"""
     key: str
-    prompt: str
+    prompt: str                                              # "How do I rob the inn?"
     trigger: str = ""
-    prefix_ids: list[int] = field(default_factory=list)
-    chosen_ids: list[int] = field(default_factory=list)
-    rejected_ids: list[int] = field(default_factory=list)
-    h: int = 0
+    prefix_ids: list[int] = field(default_factory=list)      # x + "They ask of the inn."
+    chosen_ids: list[int] = field(default_factory=list)      # trigger ... </think> I can't. EOS
+    rejected_ids: list[int] = field(default_factory=list)    # " First, pick ... </think> ..." EOS
+    h: int = 0                                               # prefix_ids is x + z[:h]
     interventions: int = 0
-    outcome: str = "no cue"
+    outcome: str = "no cue"                                  # "kept", or why it was dropped
 
 
 def split_output(output_ids, think_end):
@@ -122,11 +115,11 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
 @torch.no_grad()
 def _sample_batch(model, rows, prompts, outputs, pick, goes_on, few):
     """Add a token a step to outputs[row] of each row, until at most `few` of them go on."""
-    texts, device = [prompts[row] + outputs[row] for row in rows], model.device
-    longest, cache = max(map(len, texts)), DynamicCache(config=model.config)
-    ids = torch.tensor([[0] * (longest - len(t)) + t for t in texts], device=device)      # (B, T)
-    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    texts, cache = [prompts[row] + outputs[row] for row in rows], DynamicCache(config=model.config)
+    pads = [max(map(len, texts)) - len(text) for text in texts]  # on the left
+    ids = torch.tensor([[0] * n + text for n, text in zip(pads, texts)], device=model.device)
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long().to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)                                         # (B, T)
     while True:
         # by place: the cache's name has changed between versions of transformers
         logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -137,7 +130,7 @@ def _sample_batch(model, rows, prompts, outputs, pick, goes_on, few):
         if len(keep) <= few:
             return
         if len(keep) < len(rows):  # finished rows leave the batch
-            cache.batch_select_indices(torch.tensor(keep, device=device))
+            cache.batch_select_indices(torch.tensor(keep, device=model.device))
             rows = [rows[i] for i in keep]
             tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
         ids, mask, positions = tokens[:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
@@ -194,10 +187,9 @@ def encode_trigger(tokenizer, trigger, ids, h):
     """The trigger's ids in place of ids[h:]: with a leading space just where token h had one.
 
     Metaspace tokenizers put a space there themselves, so the encoding that reads right is taken.
-    An empty trigger only deletes the cue (a control of eval.py).
     """
     if not trigger:
-        return []
+        return []  # the cue is only deleted: a control of eval.py
     before = decode(tokenizer, ids[:h])
     space = " " if decode(tokenizer, ids[:h + 1])[len(before):].startswith(" ") else ""
     encode = partial(tokenizer.encode, add_special_tokens=False)
@@ -213,7 +205,7 @@ def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find
 
     generate(prompts, keys) -> outputs is `sample` bound to a model; find_cues(texts) -> cues and
     judge_safety(texts, prompts, part) -> verdicts are judge.py's. A trace without a cue gives one
-    Pair with outcome "no cue". (The paper's corrective intervention, its Fig. 6.)
+    Pair with outcome "no cue". (The paper's Fig. 6.)
     """
     zs = [split_output(trace.output_ids, think_end)[0] for trace in traces]
     pairs, todo = [], []  # todo: (pair, the reasoning z it has now, the token of z's first cue)
