@@ -444,18 +444,19 @@ def training_prompts(cfg):
 def align(cfg, run, tokenizer, models, ask, harmful, benign):
     """Steps 1 to 6: traces, pairs, both stages of training; the policy ends in models.policy."""
     base, think_end = models.base, data.think_ids(tokenizer)[1]
-    say("1-4", "sampling the base on harmful prompts, cutting at the first cue, a continuation a "
-               "trigger (sections 3 and 4 of the paper)")
+    say("1-4", "sampling the base on harmful prompts; where its reasoning first turns toward doing "
+               "the harm, the cue, a safety trigger takes over and the base goes on (Fig. 5 and 6)")
     work = partial(make_pairs, model=base, tokenizer=tokenizer, cfg=cfg, ask=ask)
     traces = data.in_shards(run / "traces.jsonl", harmful, work)
     if not (run / "pairs.jsonl").exists():
         write_pairs(run / "pairs.jsonl", traces, tokenizer)
     pairs = data.read_jsonl(run / "pairs.jsonl")
-    show_pair(pairs[0])
+    show_pair(pairs[0], evaluation.pool(cfg))
     groups = harmful_groups(pairs, think_end, cfg.supervise)
     work = partial(sample_benign, model=base, tokenizer=tokenizer, cfg=cfg)
     benign_base = data.in_shards(run / "benign_base.jsonl", benign, work)
-    say(5, "stage 1, DPO from the cut on: the corrected reasoning over the model's own (Eq. 4)")
+    say(5, "stage 1: DPO from the cut on, the corrected reasoning over the model's own (Eq. 4), "
+           "and a little SFT on it")
     add_reference(models, groups, cfg)
     if cfg.lora_rank:
         torch.manual_seed(cfg.seed)
@@ -466,12 +467,16 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     train_stage(models.policy, groups, cfg, run, 1)
     if not benign:
         return
-    say(6, "stage 2, against over-refusal: benign prompts join, an answer over a refusal")
+    say(6, "stage 2, against over-refusal: benign prompts join the pairs; where stage 1 refuses "
+           "one, the base's answer is preferred to that")
     work = partial(sample_benign, model=models.policy, tokenizer=tokenizer, cfg=cfg)
     benign_now = data.in_shards(run / "benign_stage1.jsonl", benign, work)
     more = benign_groups(benign_base, benign_now, think_end, cfg.supervise)
-    refused = sum(group.rejected is not None for group in more)
-    print(f"stage 1 refuses {refused} of {len(more)} benign prompts")
+    refused = [row for row in benign_now if row["refused"]]
+    print(f"stage 1 refuses {len(refused)} of {len(benign_now)} benign prompts")
+    for row in refused[:1]:
+        text = " ".join(f"{row['prompt']} ... {ipo.decode(tokenizer, row['output_ids'])[-120:]}".split())
+        print(f"  {evaluation.printable(text)}")
     add_reference(models, more, cfg)
     train_stage(models.policy, groups + more, cfg, run, 2)
 
@@ -541,12 +546,11 @@ def write_card(run, cfg, summary):
         f"Judge: {summary['judge']}. Settings: {settings}."]))
 
 
-def show_pair(pair):
-    """One pair as text: where the reasoning was cut, and what the trigger made of it."""
-    said = {name: evaluation.printable(pair[name]).replace("\n", " ")
-            for name in ("prompt", "chosen", "rejected")}
-    print(f"a pair: ...{said['prompt'][-60:]}\n  rejected {said['rejected'][:160]}\n"
-          f"  chosen   {said['chosen'][:160]}")
+def show_pair(pair, triggers):
+    """One pair: the end of its prefix, the cue that stood there, and the trigger in its place."""
+    for side in ("rejected", "chosen"):
+        text = " ".join(f"{pair['prompt'][-80:]}{pair[side][:200]}".split())
+        print(f"  {side:9}...{evaluation.mark(text, triggers)}...")
 
 
 def say(step, what):
