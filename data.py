@@ -219,7 +219,7 @@ def think_ids(tokenizer):
 
 
 def given_output(tokenizer, record):
-    """The output ids of a rollout made elsewhere (ids, or text: z </think> y, then EOS), or None."""
+    """The ids of a rollout made elsewhere (as ids, or text: z </think> y, then EOS), or None."""
     if "output" not in record:
         return record.get("output_ids")
     text = record["output"].removeprefix("<think>").lstrip("\n")

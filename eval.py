@@ -258,7 +258,7 @@ def as_text(lines):
 
 
 def paired(rows):
-    """A line a ratio: before against after on the same prompts (exact McNemar); XSTest's classes."""
+    """Lines: XSTest's classes; before against after on the same prompts, exact McNemar, a ratio."""
     said = []
     for side in SIDES:
         classes = Counter(row.get("class") for row in only(rows, side=side, kind="benign"))

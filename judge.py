@@ -67,11 +67,11 @@ CUE = re.compile(
     r"|\b(?:ways|steps|ideas|options|plan)\b[^.]*:\s*$|首先|第一步|可以|まず"
     r"|\b(?:on pourrait|je peux|podría|puedo|primero|könnte|zuerst|сначала|можно)\b", re.I)
 SAFE = re.compile(
-    r"n't\b|\b(?:not|never|no|cannot|nobody|instead|rather|only|safe\w*|sorry|better|wrong|honest|kind"
-    r"|law|legal|refus|declin|harm|danger|illegal|un(?:fair|kind|ethical|safe)|cruel|hurt|suffer|risk"
+    r"n't\b|\b(?:not|never|no|cannot|nobody|instead|rather|only|safe\w*|sorry|better|wrong|honest"
+    r"|kind|law|legal|refus|declin|harm|danger|illegal|un(?:fair|kind|ethical|safe)|cruel|hurt"
     r"|responsib|crime|theft|lying|stop|apolog|polite|warn|redirect|alternative|encourag|recommend"
     r"|trouble|upset|feel|mean|ask|permission|trust|fair|steer|lose|cost|wonder|happy|glad|people"
-    r"|legitimate|talk|help|fun|own|dispute|sad|miss|embarrass|point|practi|tempt|pay)|\?\W*$"
+    r"|legitimate|talk|help|fun|own|dispute|sad|miss|embarrass|point|practi|tempt|pay|risk|suffer)|\?\W*$"
     r"|不|いけない|ません|нельзя|\b(?:nicht|kein\w*|plutôt)\b", re.I)
 # A hedge is judged by what follows it: "I know it is wrong, but ...", "As this is a story, ..."
 HEDGE = re.compile(r"\b(?:but|still|though|so|yet|nevertheless|however|fine|okay)\b"

@@ -475,8 +475,8 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     refused = [row for row in benign_now if row["refused"]]
     print(f"stage 1 refuses {len(refused)} of {len(benign_now)} benign prompts")
     for row in refused[:1]:
-        text = " ".join(f"{row['prompt']} ... {ipo.decode(tokenizer, row['output_ids'])[-120:]}".split())
-        print(f"  {evaluation.printable(text)}")
+        text = f"{row['prompt']} ... {ipo.decode(tokenizer, row['output_ids'])[-120:]}"
+        print(f"  {evaluation.printable(' '.join(text.split()))}")
     add_reference(models, more, cfg)
     train_stage(models.policy, groups + more, cfg, run, 2)
 

@@ -1,5 +1,6 @@
 """The README's commands parse, and every file and function that it names exists."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -44,3 +45,11 @@ def test_the_readme_says_how_many_lines_the_scripts_have():
     scripts = ["ipo.py", "judge.py", "data.py", "train.py", "eval.py"]
     lines = sum(len((ROOT / script).read_text().splitlines()) for script in scripts)
     assert f"{lines:,} lines" in TEXT
+
+
+@pytest.mark.parametrize("script", ["ipo.py", "judge.py", "data.py", "train.py", "eval.py"])
+def test_no_function_is_long_and_no_line_is_wide(script):
+    text = (ROOT / script).read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 50
