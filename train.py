@@ -121,7 +121,9 @@ def check_memory(folder, cfg):
     kept = layers if cfg.device == "cuda" else layers * 16  # checkpointing keeps a layer's input
     activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * config.intermediate_size)
     state = size * params + 16 * adapters if cfg.lora_rank else 4 * size * params
-    training = state + activations + 10 * 2 ** 26  # and a chunk of logits
+    largest = 0 if cfg.lora_rank else max(p.numel() for p in model.parameters())
+    # with the activations a chunk of logits; while a weight is updated seven float32 copies of it
+    training = state + max(activations + 10 * 2 ** 26, 28 * largest)
     peak = max(training, size * params + keys * (1 + 1 / layers)) / 2 ** 30
     print(f"expected peak memory: {peak:.1f} GiB (weights and optimizer {state / 2 ** 30:.1f}, "
           f"key-value cache while sampling {keys / 2 ** 30:.1f})")
