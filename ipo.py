@@ -33,10 +33,10 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -81,78 +81,63 @@ def split_output(output_ids, think_end):
     return output_ids[:end], output_ids[end + 1:]
 
 
-def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.95, seed=0,
-           batch_size=64, keys=None):
-    """Step 1. Continue each prompt (a list of ids) to an EOS or max_new_tokens; the new ids.
-
-    A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
-    seeded by (seed, its key; by default its place): its text does not depend on its batch.
-    """
-    uniform = [random.Random(f"{seed} {key}").random for key in keys or range(len(prompts))]
-    outputs, halved = [[] for _ in prompts], False
-
-    def pick(logits, rows):
-        numbers = torch.tensor([uniform[row]() for row in rows], device=logits.device)
-        return next_tokens(logits, numbers, temperature, top_p)
-
-    goes_on = lambda row: (len(outputs[row]) < max_new_tokens
-                           and (not outputs[row] or outputs[row][-1] not in eos_ids))
-    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
-    while waiting:
-        rows, waiting = waiting[:batch_size], waiting[batch_size:]
-        few = batch_size // 2 if waiting else 0  # so few left: they join the next batch
-        try:
-            _sample_batch(model, rows, prompts, outputs, pick, goes_on, few)
-        except torch.OutOfMemoryError:
-            if halved or batch_size == 1:
-                raise
-            halved, batch_size = True, batch_size // 2
-            print(f"out of memory: sampling goes on with {batch_size} rows", file=sys.stderr)
-        waiting = list(filter(goes_on, rows)) + waiting
-    return outputs
+def padded(rows, side, device):
+    """(B, T): the rows, lists of ints, filled up with zeros on their "left" or "right" side."""
+    return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side).to(device)
 
 
 @torch.no_grad()
-def _sample_batch(model, rows, prompts, outputs, pick, goes_on, few):
-    """Add a token a step to outputs[row] of each row, until at most `few` of them go on."""
-    texts, cache = [prompts[row] + outputs[row] for row in rows], DynamicCache(config=model.config)
-    pads = [max(map(len, texts)) - len(text) for text in texts]  # on the left
-    ids = torch.tensor([[0] * n + text for n, text in zip(pads, texts)], device=model.device)
-    mask = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long().to(model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)                                         # (B, T)
-    while True:
-        # by place: the cache's name has changed between versions of transformers
-        logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        tokens = pick(logits, rows)                                                       # (B,)
-        for row, token in zip(rows, tokens.tolist()):
-            outputs[row].append(token)
-        keep = [i for i, row in enumerate(rows) if goes_on(row)]
-        if len(keep) <= few:
-            return
-        if len(keep) < len(rows):  # finished rows leave the batch
-            cache.batch_select_indices(torch.tensor(keep, device=model.device))
-            rows = [rows[i] for i in keep]
-            tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
-        ids, mask, positions = tokens[:, None], F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.95, seed=0,
+           batch_size=64, keys=None):
+    """Step 1. Continue each prompt (a list of ids) to an EOS or max_new_tokens; the new ids.
+    A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
+    seeded by (seed, its key; by default its place): its text does not depend on its batch."""
+    uniform = [random.Random(f"{seed} {key}").random for key in keys or range(len(prompts))]
+    outputs, rows = [[] for _ in prompts], []
+    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
+    while rows or waiting:
+        try:
+            if not rows or waiting and len(rows) <= batch_size // 2:  # waiting rows join
+                rows, waiting = (rows + waiting)[:batch_size], (rows + waiting)[batch_size:]
+                texts = [prompts[row] + outputs[row] for row in rows]
+                ids = padded(texts, "left", model.device)                                 # (B, T)
+                mask = padded([[1] * len(text) for text in texts], "left", model.device)  # (B, T)
+                cache = DynamicCache(config=model.config)  # passed by place: its name has changed
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]           # as ids
+            logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
+            uniforms = torch.tensor([uniform[row]() for row in rows], device=model.device)
+            tokens = next_tokens(logits[:, -1], uniforms, temperature, top_p)             # (B,)
+            for row, token in zip(rows, tokens.tolist()):
+                outputs[row].append(token)
+            keep = [i for i, row in enumerate(rows) if outputs[row][-1] not in eos_ids
+                    and len(outputs[row]) < max_new_tokens]
+            if len(keep) < len(rows):  # finished rows leave
+                rows = [rows[i] for i in keep]
+                cache.batch_select_indices(torch.tensor(keep, dtype=int, device=model.device))
+                tokens, mask = tokens[keep], mask[keep]
+            ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=1)           # (B, 1), (B, T)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size, rows, waiting = batch_size // 2, [], rows + waiting
+            print(f"out of memory: sampling goes on with {batch_size} rows", file=sys.stderr)
+    return outputs
 
 
 def next_tokens(logits, uniforms, temperature, top_p, k=64):
     """(B, V) logits, (B,) uniforms -> (B,) tokens: inverse CDF over the nucleus, likeliest first.
-
-    Only the k likeliest are sorted: a whole vocabulary would cost more than a small model's step.
-    """
+    Only the k likeliest are sorted: a whole vocabulary costs more than a small model's step."""
     if temperature == 0:
         return logits.argmax(-1)
-    top, tokens = (logits.float() / temperature).softmax(-1).topk(min(k, logits.shape[-1]))
+    vocab_size = logits.shape[-1]
+    top, tokens = (logits.float() / temperature).softmax(-1).topk(min(k, vocab_size))
     cdf = top.cumsum(-1)                                    # (B, k)
     size = 1 + (cdf[:, :-1] < top_p).sum(-1, keepdim=True)  # (B, 1) the fewest that reach top_p
     goal = uniforms[:, None] * cdf.gather(-1, size - 1)
     place = torch.minimum((cdf <= goal).sum(-1, keepdim=True), size - 1)
     picked = tokens.gather(-1, place).squeeze(-1)
-    short = cdf[:, -1] < top_p
-    if k < logits.shape[-1] and short.any():  # these rows need more than k
-        picked[short] = next_tokens(logits[short], uniforms[short], temperature, top_p,
-                                    k=logits.shape[-1])
+    if k < vocab_size and (short := cdf[:, -1] < top_p).any():  # these rows need more than k
+        picked[short] = next_tokens(logits[short], uniforms[short], temperature, top_p, vocab_size)
     return picked
 
 
@@ -162,37 +147,28 @@ def decode(tokenizer, ids):
 
 
 def token_index(tokenizer, ids, char):
-    """h: the index of the token that holds character `char` of the decoded ids, or its first byte.
+    """h: the index of the token that holds the first byte of character `char` of the decoded ids;
+    the next one if that token also holds non-space text left of `char` (the sentence before)."""
+    text, tokens = decode(tokenizer, ids), tokenizer.convert_ids_to_tokens(ids)
 
-    If that token also holds non-space text left of `char` (the sentence before), the next one.
-    """
-    text = decode(tokenizer, ids)
-    whole = lambda n: len(os.path.commonprefix([_whole_text(tokenizer, ids[:n]), text]))
+    def whole(n):  # how many characters of the text the first n tokens hold in full
+        end = n
+        while end and re.fullmatch("<0x[0-9A-F]{2}>", tokens[end - 1] or ""):
+            end -= 1  # a run of byte tokens: where its end is missing, decoders break all of it
+        run = bytes(int(token[3:5], 16) for token in tokens[end:n]).decode(errors="ignore")
+        return len(os.path.commonprefix([decode(tokenizer, ids[:end]) + run, text]))
     h = bisect.bisect_left(range(len(ids) + 1), char, key=whole)  # the fewest that hold text[:char]
     if len(decode(tokenizer, ids[:h])) > char and not text[whole(h - 1):char].strip():
         h -= 1  # the last of them brings char along, and nothing but space before it
     return h
 
 
-def _whole_text(tokenizer, ids):
-    """decode, but of a last run of byte tokens (<0xE4>) what is whole: decoders break all of it."""
-    tokens, end = tokenizer.convert_ids_to_tokens(ids), len(ids)
-    while end and re.fullmatch("<0x[0-9A-F]{2}>", tokens[end - 1] or ""):
-        end -= 1
-    run = bytes(int(token[3:5], 16) for token in tokens[end:])
-    return decode(tokenizer, ids[:end]) + run.decode("utf-8", errors="ignore")
-
-
 def encode_trigger(tokenizer, trigger, ids, h):
-    """The trigger's ids in place of ids[h:]: with a leading space just where token h had one.
-
-    Metaspace tokenizers put a space there themselves, so the encoding that reads right is taken.
-    """
-    if not trigger:
-        return []  # the cue is only deleted: a control of eval.py
-    before = decode(tokenizer, ids[:h])
-    space = " " if decode(tokenizer, ids[:h + 1])[len(before):].startswith(" ") else ""
-    encode = partial(tokenizer.encode, add_special_tokens=False)
+    """The trigger's ids in place of ids[h:], with a leading space just where token h had one.
+    Metaspace tokenizers add a space themselves: of four ways, the first that reads right."""
+    before, with_h = decode(tokenizer, ids[:h]), decode(tokenizer, ids[:h + 1])
+    space = " " if trigger and with_h[len(before):].startswith(" ") else ""  # "" only deletes
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     glued = encode("\n" + trigger)
     ways = [encode(space + trigger), encode(trigger), glued[1:], glued[2:]]
     reads_right = lambda way: decode(tokenizer, ids[:h] + way) == before + space + trigger
@@ -201,64 +177,46 @@ def encode_trigger(tokenizer, trigger, ids, h):
 
 def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find_cues,
               judge_safety, max_interventions=1):
-    """Steps 2 to 4. Each trigger in the place of each trace's first cue, and on: one Pair each.
-
+    """Steps 2 to 4: a Pair for each trace and trigger; for a trace without a cue, one "no cue".
     generate(prompts, keys) -> outputs is `sample` bound to a model; find_cues(texts) -> cues and
-    judge_safety(texts, prompts, part) -> verdicts are judge.py's. A trace without a cue gives one
-    Pair with outcome "no cue". (The paper's Fig. 6.)
-    """
-    zs = [split_output(trace.output_ids, think_end)[0] for trace in traces]
-    pairs, todo = [], []  # todo: (pair, the reasoning z it has now, the token of z's first cue)
-    for trace, z, (cut, _) in zip(traces, zs, _find_cuts(zs, tokenizer, find_cues)):
-        if cut is None:
-            pairs.append(Pair(trace.key, trace.prompt))
-        for trigger in triggers if cut is not None else []:
-            pairs.append(Pair(trace.key, trace.prompt, trigger, trace.prompt_ids + z[:cut], [],
-                              trace.output_ids[cut:], cut))
-            todo.append((pairs[-1], z, cut))
+    judge_safety(texts, prompts, part) -> verdicts are judge.py's. (The paper's Fig. 6.)"""
+    def first_cues(outputs):  # [(the token where an output's first cue starts or None, by whom)]
+        zs = [split_output(ids, think_end)[0] for ids in outputs]
+        return [(token_index(tokenizer, z, cue.span[0]) if cue.span else None, cue.by)
+                for z, cue in zip(zs, find_cues([decode(tokenizer, z) for z in zs]))]
+
+    pairs, todo = [], []  # todo: (pair, its output as it is now, the token where its cue starts)
+    for trace, (h, _) in zip(traces, first_cues([trace.output_ids for trace in traces])):
+        x, ids = trace.prompt_ids, trace.output_ids
+        new = [Pair(trace.key, trace.prompt, trigger, x + ids[:h], [], ids[h:], h)
+               for trigger in triggers if h is not None]
+        pairs += [Pair(trace.key, trace.prompt)] if h is None else new
+        todo += [(pair, ids, h) for pair in new]
     for turn in range(max_interventions):
-        for pair, z, cut in todo:  # the trigger takes the place of the cue and of all behind it
-            pair.chosen_ids = z[pair.h:cut] + encode_trigger(tokenizer, pair.trigger, z, cut)
-            pair.interventions += 1
-        tried, ends = [pair for pair, _, _ in todo], [p.h + len(p.chosen_ids) for p, _, _ in todo]
-        outputs = generate([pair.prefix_ids + pair.chosen_ids for pair in tried],
-                           [f"{p.key}/{triggers.index(p.trigger)}/{turn}" for p in tried])
-        for pair, output_ids in zip(tried, outputs):
-            pair.chosen_ids = pair.chosen_ids + output_ids
-        zs = [pair.prefix_ids[len(pair.prefix_ids) - pair.h:]
-              + split_output(pair.chosen_ids, think_end)[0] for pair in tried]
-        todo = []
-        for pair, z, end, (cut, by) in zip(tried, zs, ends, _find_cuts(zs, tokenizer, find_cues)):
+        tried = [pair for pair, _, _ in todo]
+        heads = [ids[:cut] + encode_trigger(tokenizer, pair.trigger, ids, cut)
+                 for pair, ids, cut in todo]  # the trigger for the cue and all behind it
+        tails = generate([pair.prefix_ids + head[pair.h:] for pair, head in zip(tried, heads)],
+                         [f"{p.key}/{triggers.index(p.trigger)}/{turn}" for p in tried])
+        outputs, todo = [head + tail for head, tail in zip(heads, tails)], []
+        for pair, head, ids, (cut, by) in zip(tried, heads, outputs, first_cues(outputs)):
+            pair.chosen_ids, pair.interventions = ids[pair.h:], turn + 1
             pair.outcome = ("unparsed" if by == "unparsed" else
-                            "no cue left" if cut is None else "still a cue")
-            if cut is not None and cut >= end:  # a cue before the trigger's end cannot be mended
-                todo.append((pair, z, cut))
-    _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety)
+                            "still a cue" if cut is not None else
+                            "token limit" if ids[-1] not in eos_ids else
+                            "think not closed" if think_end not in ids else "ended")
+            if cut is not None and cut >= len(head):  # one further left cannot be mended
+                todo.append((pair, ids, cut))
+    _keep_or_drop([p for p in pairs if p.outcome == "ended"], tokenizer, think_end, judge_safety)
     return pairs
 
 
-def _find_cuts(zs, tokenizer, find_cues):
-    """For each reasoning z: the token where its first cue starts or None, and who found it."""
-    cues = find_cues([decode(tokenizer, z) for z in zs])
-    return [(token_index(tokenizer, z, cue.span[0]) if cue.span else None, cue.by)
-            for z, cue in zip(zs, cues)]
-
-
-def _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety):
-    """Step 4. Keep what has no cue left, ended, and is judged safe in both of its parts."""
-    ended = []
-    for pair in pairs:
-        if pair.outcome == "no cue left":
-            reasoning, response = split_output(pair.chosen_ids, think_end)
-            if pair.chosen_ids[-1] not in eos_ids:
-                pair.outcome = "token limit"
-            elif response is None:
-                pair.outcome = "think not closed"
-            else:
-                ended.append((pair, decode(tokenizer, reasoning), decode(tokenizer, response[:-1])))
-    pairs, zs, ys = zip(*ended) if ended else ([], [], [])
+def _keep_or_drop(pairs, tokenizer, think_end, judge_safety):
+    """Step 4. Of pairs without a cue that ended, keep those judged safe in both of their parts."""
     prompts = [pair.prompt for pair in pairs]
-    of_zs, of_ys = judge_safety(zs, prompts, "reasoning"), judge_safety(ys, prompts, "response")
+    parts = [split_output(pair.chosen_ids, think_end) for pair in pairs]
+    of_zs = judge_safety([decode(tokenizer, z) for z, _ in parts], prompts, "reasoning")
+    of_ys = judge_safety([decode(tokenizer, y[:-1]) for _, y in parts], prompts, "response")
     for pair, of_z, of_y in zip(pairs, of_zs, of_ys):
         pair.outcome = ("unsafe reasoning" if of_z == "unsafe" else
                         "unsafe response" if of_y == "unsafe" else
@@ -267,43 +225,33 @@ def _keep_or_drop(pairs, tokenizer, eos_ids, think_end, judge_safety):
 
 @dataclass
 class Group:
-    """What one prompt gives to the loss: k chosen sides against one rejected side, or none.
-
-    The pairs of a prompt share prefix and rejected side, so each distinct sequence runs once. A
-    benign prompt that is not refused has no rejected side: only its SFT term counts, in full.
-    """
+    """What one prompt gives to the loss: k chosen sides against one rejected side. A benign prompt
+    that is not refused has no rejected side: only its SFT term counts, in full."""
     prefix_ids: list[int]
     chosen: list[list[int]]
     rejected: list[int] | None = None
     ref_logps: list[float] = field(default_factory=list)  # of `sides`, from the reference model
 
     @property
-    def sides(self):
+    def sides(self):  # each distinct sequence of the prompt's pairs, to be run once
         return self.chosen + ([self.rejected] if self.rejected else [])
 
 
 def supervised(completion_ids, think_end, supervise):
     """The ids the loss sees: "reasoning" ends with </think> (if there is one), "all" with EOS."""
-    if supervise == "all" or think_end not in completion_ids:
-        return completion_ids
-    return completion_ids[:completion_ids.index(think_end) + 1]
+    z, _ = split_output(completion_ids, think_end)
+    return completion_ids if supervise == "all" else completion_ids[:len(z) + 1]
 
 
 def group_logps(model, groups):
-    """[(sides,) float32] of the groups: log p(side | prefix), summed. Gradients flow.
-
-    The logit at position t-1 predicts token t. Pads stand right of a sequence, where causal
-    attention never looks: no mask is needed. Logits, the largest tensor by far, are formed at
-    supervised positions only, chunk by chunk: checkpointing forms them again for the backward.
-    """
+    """[(sides,) float32] of the groups: the sum of log p(side | prefix), with gradients. The logit
+    at t-1 predicts token t. Logits, the largest tensor by far, are formed for sides only, chunk by
+    chunk, and again for the backward. Causal attention never looks right, at the pads: no mask."""
     rows = [(g.prefix_ids, side) for g in groups for side in g.sides]                 # B of them
-    longest = max(len(prefix + side) for prefix, side in rows)
-    ids = torch.tensor([prefix + side + [0] * (longest - len(prefix + side))
-                        for prefix, side in rows], device=model.device)               # (B, T)
+    ids = padded([prefix + side for prefix, side in rows], "right", model.device)     # (B, T)
+    mask = padded([[0] * len(p) + [1] * len(s) for p, s in rows], "right", model.device)  # (B, T)
+    row, t = mask.nonzero(as_tuple=True)                                              # (N,) each
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, D)
-    places = [(row, len(prefix) + t) for row, (prefix, side) in enumerate(rows)
-              for t in range(len(side))]
-    row, t = torch.tensor(places, device=model.device).T                              # (N,) each
     hidden, targets = hidden[row, t - 1], ids[row, t]                                 # (N, D), (N,)
     head = model.get_output_embeddings()
 
@@ -311,7 +259,6 @@ def group_logps(model, groups):
         logits = head(hidden)                                                         # (N, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 errs by 0.001
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
     size = max(1, 2 ** 26 // head.weight.shape[0])  # 64 M logits a chunk
     logps = torch.cat([checkpoint(token_logps, *chunk, use_reentrant=False)
                        for chunk in zip(hidden.split(size), targets.split(size))])    # (N,)
@@ -320,16 +267,13 @@ def group_logps(model, groups):
 
 
 def completion_logps(model, prefix_ids, completions):
-    """(len(completions),) float32: sum of log p(completion | prefix); a sum, not a mean: DPO's
-    margin is a ratio of sequence probabilities. Gradients flow."""
+    """(len(completions),) float32: the sum of log p(completion | prefix), with gradients."""
     return group_logps(model, [Group(prefix_ids, completions)])[0]
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """-log sigmoid(margin) and the implicit rewards, each (B,) like the inputs. The paper's Eq. 4.
-
-    Rewards are beta * (log pi - log ref); at step 0 they are 0 and the loss is log 2.
-    """
+    """-log sigmoid(margin) and both implicit rewards, each (B,) like the inputs: the paper's Eq. 4.
+    Inputs are sums of log p, not means. At step 0 the rewards are 0 and the loss is log 2."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
@@ -338,9 +282,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 def ipo_loss(policy, groups, beta=0.1, sft_weight=0.2):
     """Step 5: (loss, statistics), summed over pairs: DPO + sft_weight * SFT on the chosen side.
-
-    Divide by the pairs of the whole optimizer step, so that every pair counts the same.
-    """
+    Divide by the pairs of the whole optimizer step, so that every pair counts the same."""
     total, stats = 0.0, Counter()
     for group, logps in zip(groups, group_logps(policy, groups)):
         k = len(group.chosen)
@@ -353,6 +295,6 @@ def ipo_loss(policy, groups, beta=0.1, sft_weight=0.2):
             losses, chosen, rejected = dpo_loss(logps[:k], logps[k], ref[:k], ref[k], beta)
             total = total + losses.sum()
             stats.update(pairs=k, dpo=losses.sum().item(), margin=(chosen - rejected).sum().item(),
-                         accuracy=(chosen > rejected).sum().item(),
-                         chosen=logps[:k].sum().item(), rejected=k * logps[k].item())
+                         accuracy=(chosen > rejected).sum().item(), chosen=logps[:k].sum().item(),
+                         rejected=k * logps[k].item())
     return total, stats
