@@ -93,7 +93,7 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
     A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
     seeded by (seed, its key; by default its place): its text does not depend on its batch."""
     uniform = [random.Random(f"{seed} {key}").random for key in keys or range(len(prompts))]
-    outputs, rows = [[] for _ in prompts], []
+    outputs, rows = [[] for _ in prompts], []  # rows: the batch, as places in prompts
     waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
     while rows or waiting:
         try:
@@ -103,7 +103,7 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
                 ids = padded(texts, "left", model.device)                                 # (B, T)
                 mask = padded([[1] * len(text) for text in texts], "left", model.device)  # (B, T)
                 cache = DynamicCache(config=model.config)  # passed by place: its name has changed
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]           # as ids
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]            # as ids
             logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
             uniforms = torch.tensor([uniform[row]() for row in rows], device=model.device)
             tokens = next_tokens(logits[:, -1], uniforms, temperature, top_p)             # (B,)
@@ -115,7 +115,7 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
                 rows = [rows[i] for i in keep]
                 cache.batch_select_indices(torch.tensor(keep, dtype=int, device=model.device))
                 tokens, mask = tokens[keep], mask[keep]
-            ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=1)           # (B, 1), (B, T)
+            ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=1)               # (B, 1), (B, T)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise

@@ -150,7 +150,7 @@ def safety_question(text, prompt=None, part="reasoning", style="full"):
 def messages(question):
     """The chat to send: the question as one user turn; a "guard" question is a chat already."""
     if question.startswith('[{"role": "user"'):
-        return json.loads(question)
+        return json.JSONDecoder().raw_decode(question)[0]  # without what `ask` adds to it
     return [{"role": "user", "content": question}]
 
 
@@ -162,7 +162,7 @@ def _read(answer, value):
              r"\s*(?:is|:|=)?\s*){0,2}")
     bare = re.sub(r"""[*_`"'{}\[\]()]""", "", answer.split("</think>")[-1])
     lines = [line for line in map(str.strip, bare.splitlines()) if line not in ("", "json")] or [""]
-    first, last = (re.fullmatch(label + value + "[.!]*", line[:80], re.I | re.A)
+    first, last = (len(line) <= 80 and re.fullmatch(label + value + "[.!]*", line, re.I | re.A)
                    for line in (lines[0], lines[-1]))
     if last and not first and lines[-2][-1] not in ".!?:":
         return None  # "It is not" and then, on a line of its own, "safe"
@@ -296,7 +296,7 @@ def cached(llm, path, name):
         new = {key: question for key, question in zip(keys, questions) if key not in known}
         for start in range(0, len(new), size):
             part = dict([*new.items()][start:start + size])
-            fresh = dict(zip(part, llm([*part.values()])))
+            fresh = dict(zip(part, llm([*part.values()]), strict=True))
             append_jsonl(path, [{"key": key, "answer": fresh[key]} for key in fresh if fresh[key]])
             known.update(fresh)
         return [known[key] for key in keys]

@@ -438,6 +438,25 @@ def test_a_sampled_eos_is_kept_nothing_follows_it_and_the_limit_holds():
     assert all(len(output_ids) == 10 for output_ids in outputs if output_ids[-1] not in eos_ids)
 
 
+@pytest.mark.parametrize("fits", [1, 2, 3, 5])
+def test_where_memory_runs_out_the_batch_is_halved_until_it_fits_and_the_traces_stay(fits):
+    model, seen = float64_model(), []
+    draw = partial(ipo.sample, model, RAGGED * 2, max_new_tokens=12, eos_ids=range(40), seed=4)
+    told = draw()
+
+    def small_memory(module, args):
+        seen.append(len(args[0]))
+        if seen[-1] > fits or len(seen) == 9:  # once in the middle of a batch
+            raise torch.OutOfMemoryError("out of memory")
+    model.register_forward_pre_hook(small_memory)
+    if fits == 1:  # the ninth call fails with one row
+        with pytest.raises(torch.OutOfMemoryError):
+            draw(batch_size=8)
+    else:
+        assert draw(batch_size=8) == told
+    assert seen[0] == 8 and min(seen[:9]) <= fits
+
+
 def test_positions_count_from_each_rows_first_token_whatever_its_padding():
     model, seen = tiny_model(), []
     model.register_forward_pre_hook(

@@ -227,7 +227,8 @@ SAFETY_ANSWERS = [
     ("yes", None), ("no", None), ("0", None), ("harmful", None), ("seguro", None), ("安全", None),
     ("sûr", None), ("ſafe", None), ("\0", None), ("safe\0", None), ("s a f e", None),
     ("s\na\nf\ne", None), ("x" * LONG, None), ("safe " * LONG, None),
-    ("not " * LONG + "safe", None),
+    ("not " * LONG + "safe", None), ("the " * 17 + "answer: safety is not given", None),
+    ("safe" + "!" * 76 + " but not to read on", None),
 ]
 COMPLIANCE_ANSWERS = [
     ("1", "complied"), ("2", "refused"), ("3", "partial"), ("1.", "complied"), ("**2**", "refused"),
@@ -356,6 +357,15 @@ def test_compliance_has_the_classes_of_xstest_and_a_fourth_state():
     llm = scripted(["1", "2", "3", "maybe"], ["1 or 2"])
     told = judge.judge_compliance(list("abcd"), list("ABCD"), llm)
     assert told == ["complied", "refused", "partial", "unparsed"]
+
+
+def test_a_guards_chat_is_asked_again_as_it_was():
+    """What `ask` adds for the second time once made it JSON with extra data: a crash."""
+    llm = scripted(["hm"], ["unsafe\nS1"])
+    assert judge.judge_safety(["No."], ["Why?"], "response", llm, style="guard") == ["unsafe"]
+    first, second = (judge.messages(question) for question, in llm.calls)
+    assert first == second == [{"role": "user", "content": "Why?"},
+                               {"role": "assistant", "content": "No."}]
 
 
 @pytest.mark.parametrize("llm", [lambda questions: questions[:-1], lambda questions: []])
@@ -624,6 +634,11 @@ def test_a_half_written_last_line_is_dropped_said_and_asked_again(tmp_path, aske
     assert asked == ["one", "two", "two"]
     judge.cached(echo, path, "a")(["one", "two"])
     assert len(asked) == 3, "the file is whole again"
+
+
+def test_an_llm_that_loses_an_answer_is_an_error_behind_a_cache_too(tmp_path):
+    with pytest.raises(ValueError):
+        judge.cached(lambda questions: questions[:-1], tmp_path / "cache.jsonl", "a")(["a", "b"])
 
 
 def test_answers_that_came_before_a_failure_are_kept(tmp_path, asked):
