@@ -261,7 +261,7 @@ def paired(rows):
     """Lines: XSTest's classes; before against after on the same prompts, exact McNemar, a ratio."""
     said = []
     for side in SIDES:
-        classes = Counter(row.get("class") for row in only(rows, side=side, kind="benign"))
+        classes = Counter(row.get("class", "") for row in only(rows, side=side, kind="benign"))
         told = ", ".join(f"{n} {word}" for word, n in sorted(classes.items()) if word)
         said += [f"benign responses {side}: {told}"] * bool(told)
     for kind, verdict, title in RATIOS.values():
