@@ -3,6 +3,7 @@
 With no flags it makes the kingdom's small base model (data.py) and aligns it, on a CPU, in minutes.
 With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning model. A stopped
 run goes on where it was: every stage writes its file whole or shard by shard in the run folder.
+It says which step of ipo.py's header it is at: [1-4], [5], [6].
 """
 
 import contextlib
@@ -21,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import safetensors.torch
 import torch
 import transformers
-from safetensors.torch import load_file, safe_open, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
 
@@ -56,7 +57,7 @@ class Config:
     lora_rank: int = flag("train adapters of this rank instead of all weights", 0)
     device: str | None = flag("cpu or cuda (default: cuda where there is one)")
     lr: float | None = flag("peak learning rate")
-    epochs: int | None = flag("passes over the pairs in stage 1; stage 2 is one")
+    epochs: int = flag("passes over the pairs in stage 1; stage 2 is one", 1)
     batch_pairs: int | None = flag("pairs an optimizer step")
     max_new_tokens: int | None = flag("the token limit of a trace")
     sample_batch: int | None = flag("rows sampled together")
@@ -65,12 +66,11 @@ class Config:
 
 # What a mode fills in where a flag was not given; the only other source of a setting.
 DEFAULTS = {
-    "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200,
-                    sample_batch=256, micro_tokens=1536, batch_pairs=16, epochs=1, lr=2e-4,
-                    beta=0.5),  # its traces are ten times shorter, so a nat is dearer
+    "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200, sample_batch=256, lr=2e-4,
+                    micro_tokens=1536, batch_pairs=16, beta=0.5),  # short traces: a nat is dearer
     "model": dict(judge="self", prompts="star-1", benign="star-benign-915", max_new_tokens=4096,
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
-                  micro_tokens=16384, batch_pairs=32, epochs=1, lr=1e-6, beta=0.1),
+                  micro_tokens=16384, batch_pairs=32, lr=1e-6, beta=0.1),
 }
 FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a run goes on
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
@@ -81,11 +81,10 @@ BASE_TEXTS, BASE_BATCH, BASE_LR = 14400, 16, 5e-3  # the kingdom's base model
 
 def check_run(cfg):
     """The run folder; one that was made with other settings is refused."""
-    run, path = Path(cfg.out), Path(cfg.out) / "config.json"
-    old = json.loads(path.read_text())["settings"] if path.exists() else {}
-    differ = ", ".join(f"{name}={old.get(name)} (now {value})"
-                       for name, value in asdict(cfg).items()
-                       if old and name not in FREE and old.get(name) != value)
+    run, path, now = Path(cfg.out), Path(cfg.out, "config.json"), asdict(cfg)
+    old = json.loads(path.read_text())["settings"] if path.exists() else now
+    differ = ", ".join(f"{name}={old.get(name)} (now {value})" for name, value in now.items()
+                       if name not in FREE and old.get(name) != value)
     if differ:
         raise UserError(f"{run} was made with other settings: {differ}; give another --out")
     return run
@@ -94,8 +93,8 @@ def check_run(cfg):
 def write_config(cfg, run, base):
     """config.json: the settings, and what they ran on. Written when all inputs have been read."""
     run.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True)  # through the shell: git may be missing
     made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
                "commit": git.stdout.strip(), "device": cfg.device}
     base = str(Path(base).resolve() if Path(base).exists() else base)  # eval.py runs from anywhere
@@ -111,23 +110,23 @@ def check_memory(folder, cfg):
         return  # loading it, the next step, says what is wrong
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    size, width = 2 if cfg.device == "cuda" else 4, config.hidden_size
-    params = sum(p.numel() for p in model.parameters())
-    layers, kv = config.num_hidden_layers, config.num_key_value_heads
-    adapters = sum(cfg.lora_rank * (layer.in_features + layer.out_features)
-                   for _, _, layer in linear_layers(model, torch.nn.Linear))
+    cuda, width, layers = cfg.device == "cuda", config.hidden_size, config.num_hidden_layers
+    size, params = 2 if cuda else 4, [p.numel() for p in model.parameters()]
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    keys = 2 * layers * kv * head_dim * size * cfg.sample_batch * (cfg.max_new_tokens + 256)
-    kept = layers if cfg.device == "cuda" else layers * 16  # checkpointing keeps a layer's input
+    keys = 2 * layers * config.num_key_value_heads * head_dim * size  # and values, of one token
+    keys *= cfg.sample_batch * (cfg.max_new_tokens + 256)
+    kept = layers if cuda else layers * 16  # checkpointing keeps a layer's input
     activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * config.intermediate_size)
-    state = size * params + 16 * adapters if cfg.lora_rank else 4 * size * params
-    largest = 0 if cfg.lora_rank else max(p.numel() for p in model.parameters())
+    weights, adapters = size * sum(params), cfg.lora_rank * sum(
+        linear.in_features + linear.out_features
+        for _, _, linear in linear_layers(model, torch.nn.Linear))
+    state = weights + 16 * adapters if adapters else 4 * weights
     # with the activations a chunk of logits; while a weight is updated seven float32 copies of it
-    training = state + max(activations + 10 * 2 ** 26, 28 * largest)
-    peak = max(training, size * params + keys * (1 + 1 / layers)) / 2 ** 30
+    training = state + max(activations + 10 * 2 ** 26, 0 if adapters else 28 * max(params))
+    peak = max(training, weights + keys * (1 + 1 / layers)) / 2 ** 30
     print(f"expected peak memory: {peak:.1f} GiB (weights and optimizer {state / 2 ** 30:.1f}, "
           f"key-value cache while sampling {keys / 2 ** 30:.1f})")
-    if cfg.device == "cuda" and peak > (room := torch.cuda.mem_get_info()[1] / 2 ** 30):
+    if cuda and peak > (room := torch.cuda.mem_get_info()[1] / 2 ** 30):
         raise UserError(f"about {peak:.0f} GiB are needed and the GPU has {room:.0f}; use "
                         f"--lora-rank 16, a smaller --sample-batch, --max-new-tokens or "
                         f"--micro-tokens, or a smaller model")
@@ -139,12 +138,18 @@ def base_texts(n, seed):
 
 
 def base_folder(cfg):
-    """Where the base is: --model, or the kingdom's own, cached beside the runs by what made it."""
+    """The base: --model, or the kingdom's own, made once beside the runs, named by what made it."""
     if cfg.model:
         return cfg.model
     made_of = [base_texts(500, cfg.seed), BASE_TEXTS, BASE_BATCH, BASE_LR, cfg.seed, cfg.device]
     made_of += map(inspect.getsource, (build_base, data.kingdom_config, data.kingdom_tokenizer))
-    return Path(cfg.out).parent / f"base-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
+    name = f"base-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
+    folder = Path(cfg.out).parent / name
+    if not folder.exists():
+        print(f"[0] training the kingdom's small base model, once, into {folder}")
+        build_base(cfg, folder)
+    shutil.rmtree(folder.with_name(f"{name}.work"), ignore_errors=True)
+    return folder
 
 
 def build_base(cfg, folder):
@@ -173,11 +178,11 @@ def save_model(model, tokenizer, folder):
 
 class LoRA(torch.nn.Module):
     """A frozen linear layer and a float32 adapter of rank r: W x + (alpha / r) B A x."""
-    scale = 2.0  # alpha / r
+    scale, on = 2.0, True  # alpha / r; whether the adapters, all of them, are in use
 
     def __init__(self, linear, rank):
         super().__init__()
-        self.linear, self.on = linear.requires_grad_(False), True
+        self.linear = linear.requires_grad_(False)
         new = partial(torch.zeros, device=linear.weight.device, dtype=torch.float32)
         self.A = torch.nn.Parameter(new(rank, linear.in_features))
         self.B = torch.nn.Parameter(new(linear.out_features, rank))  # 0: at first nothing changes
@@ -212,23 +217,18 @@ def add_adapters(model, rank):
 @contextlib.contextmanager
 def reference(models, device):
     """The untouched base: a second model, or the policy itself with its adapters off."""
-    layers = [layer for _, _, layer in linear_layers(models.base, LoRA)]
     try:
-        for layer in layers:
-            layer.on = False
+        LoRA.on = False
         yield models.base.to(device)
     finally:
-        for layer in layers:
-            layer.on = True
+        LoRA.on = True
         if models.base is not models.policy and device == "cuda":
             models.base.to("cpu")  # beside a policy in training there is no room for it
 
 
 def stochastic_round_(target, value, generator):
-    """target = value, rounded to bf16 up or down at random so that the mean is kept.
-
-    bf16 keeps 8 bits: rounded to the nearest, each update under 1/256 of its weight is lost.
-    """
+    """target = value, rounded to bf16 up or down at random so that the mean is kept: bf16 has 8
+    bits, and rounded to the nearest, each update under 1/256 of its weight would be lost."""
     if target.dtype == torch.bfloat16:
         bits = value.contiguous().view(torch.int32)
         noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device,
@@ -242,8 +242,8 @@ class AdamW:
 
     def __init__(self, named, betas=(0.9, 0.95), eps=1e-8, seed=0):
         self.named, self.betas, self.eps, self.seed, self.steps = dict(named), betas, eps, seed, 0
-        self.state = {f"{m}.{name}": torch.zeros_like(p) for name, p in self.named.items()
-                      for m in "mv"}
+        self.state = {f"{m}.{name}": p if m == "p" else torch.zeros_like(p)
+                      for name, p in self.named.items() for m in "pmv"}  # what a checkpoint holds
 
     @torch.no_grad()
     def step(self, lr):
@@ -252,8 +252,7 @@ class AdamW:
         generator = torch.Generator(next(iter(self.named.values())).device)
         generator.manual_seed(self.seed * 1_000_003 + self.steps)
         for name, p in self.named.items():
-            m, v = self.state[f"m.{name}"], self.state[f"v.{name}"]
-            grad = p.grad.float()
+            m, v, grad = self.state[f"m.{name}"], self.state[f"v.{name}"], p.grad.float()
             new_m = m.float().lerp(grad, 1 - self.betas[0])
             new_v = v.float().lerp(grad * grad, 1 - self.betas[1])
             update = (new_m / fix_m) / ((new_v / fix_v).sqrt() + self.eps)
@@ -301,13 +300,12 @@ def add_reference(models, groups, cfg):
 def train_stage(policy, groups, cfg, run, stage):
     """IPO (ipo.ipo_loss) over the groups, from this stage's checkpoint if there is one."""
     named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    optimizer = AdamW(named, seed=cfg.seed)
-    steps, first = plan(groups, cfg, stage), resume(run, stage, named, optimizer)
+    optimizer, log = AdamW(named, seed=cfg.seed), run / "log.jsonl"
+    steps, first = plan(groups, cfg, stage), resume(run, stage, optimizer)
     if first is None:
         return
-    log = data.read_jsonl(run / "log.jsonl")
-    data.write_jsonl(run / "log.jsonl",
-                     [row for row in log if (row["stage"], row["step"]) < (stage, first)])
+    data.write_jsonl(log, [row for row in data.read_jsonl(log)
+                           if (row["stage"], row["step"]) < (stage, first)])
     policy.train()  # activation checkpointing works in train mode alone; there is no dropout
     if cfg.device == "cuda":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -328,10 +326,10 @@ def train_stage(policy, groups, cfg, run, stage):
         row = {"stage": stage, "step": step, "lr": lr, "grad_norm": norm, "tokens": stats["tokens"],
                "pairs": stats["pairs"], "sft": stats["sft"] / stats["sides"],
                **{name: stats[name] / max(1, stats["pairs"]) for name in LOGGED}}
-        data.append_jsonl(run / "log.jsonl", [row])
+        data.append_jsonl(log, [row])
         bar.set_postfix(dpo=row["dpo"], margin=row["margin"], sft=row["sft"], refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
-            save_checkpoint(run, stage, step + 1, named, optimizer)
+            save_checkpoint(run, stage, step + 1, optimizer)
     policy.eval()
 
 
@@ -343,30 +341,25 @@ def learning_rate(step, steps, peak):
     return peak * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def save_checkpoint(run, stage, step, named, optimizer):
+def save_checkpoint(run, stage, step, optimizer):
     for left in run.glob(".tmp*"):  # what safetensors was writing when an earlier run was killed
         left.unlink()
-    beside = run / "checkpoint.part"
-    save_file({**{f"p.{name}": p.detach() for name, p in named.items()}, **optimizer.state}, beside,
-              metadata={"stage": str(stage), "step": str(step)})
+    beside, at = run / "checkpoint.part", {"stage": str(stage), "step": str(step)}
+    safetensors.torch.save_file(optimizer.state, beside, metadata=at)
     beside.replace(run / "checkpoint.safetensors")
 
 
-def resume(run, stage, named, optimizer):
+def resume(run, stage, optimizer):
     """Load this stage's checkpoint; the step to go on from, None if a later stage has begun."""
     path = run / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
+    with safetensors.safe_open(path, "pt") as file:
         saved = {key: int(value) for key, value in file.metadata().items()}
-    if saved["stage"] != stage:
-        return 0 if saved["stage"] < stage else None
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(tensors[f"p.{name}"])
-    for name, value in optimizer.state.items():
-        value.copy_(tensors[name])
+        if saved["stage"] != stage:
+            return 0 if saved["stage"] < stage else None
+        for name, value in optimizer.state.items():
+            value.data.copy_(file.get_tensor(name))
     optimizer.steps = saved["step"]
     return saved["step"]
 
@@ -413,12 +406,11 @@ def harmful_groups(pairs, think_end, supervise):
 def sample_benign(shard, model, tokenizer, cfg):
     """A trace of each benign prompt, and whether it refuses; None where it did not end."""
     think_end, eos_ids = data.think_ids(tokenizer)[1], data.eos_ids(model, tokenizer)
-    rows = []
-    for trace in evaluation.rollouts(shard, model, tokenizer, cfg):
-        response = ipo.split_output(trace.output_ids, think_end)[1]
-        ended = response is not None and trace.output_ids[-1] in eos_ids
-        refused = judge.is_refusal(ipo.decode(tokenizer, response)) if ended else None
-        rows.append({**asdict(trace), "refused": refused})
+    rows = [asdict(trace) for trace in evaluation.rollouts(shard, model, tokenizer, cfg)]
+    for row in rows:
+        response = ipo.split_output(row["output_ids"], think_end)[1]
+        ended = response is not None and row["output_ids"][-1] in eos_ids
+        row["refused"] = judge.is_refusal(ipo.decode(tokenizer, response)) if ended else None
     return rows
 
 
@@ -432,13 +424,13 @@ def benign_groups(base_rows, stage1_rows, think_end, supervise):
 
 def training_prompts(cfg):
     """[(key, record)] of the harmful and of the benign training prompts."""
-    if not (cfg.model or cfg.prompts or cfg.traces):
-        harmful, *benign = [data.kingdom_prompts("train", kind, n, cfg.seed)[:cfg.limit]
-                            for kind, n in KINGDOM_PROMPTS.items()]
-        benign = [] if cfg.benign == "none" else sum(benign, [])
-    else:
-        harmful = data.load_prompts(cfg.traces or cfg.prompts)[:cfg.limit]
-        benign = [] if cfg.benign in (None, "none") else data.load_prompts(cfg.benign)[:cfg.limit]
+    harmful, benign, sums = [data.kingdom_prompts("train", kind, n, cfg.seed)[:cfg.limit]
+                             for kind, n in KINGDOM_PROMPTS.items()]
+    benign += sums
+    if source := cfg.traces or cfg.prompts:
+        harmful, benign = data.load_prompts(source)[:cfg.limit], []
+    if cfg.benign:
+        benign = [] if cfg.benign == "none" else data.load_prompts(cfg.benign)[:cfg.limit]
     return [[(f"{kind}/{i}", record) for i, record in enumerate(records)]
             for kind, records in (("harmful", harmful), ("benign", benign))]
 
@@ -446,19 +438,19 @@ def training_prompts(cfg):
 def align(cfg, run, tokenizer, models, ask, harmful, benign):
     """Steps 1 to 6: traces, pairs, both stages of training; the policy ends in models.policy."""
     base, think_end = models.base, data.think_ids(tokenizer)[1]
-    say("1-4", "sampling the base on harmful prompts; where its reasoning first turns toward doing "
-               "the harm, the cue, a safety trigger takes over and the base goes on (Fig. 5 and 6)")
-    work = partial(make_pairs, model=base, tokenizer=tokenizer, cfg=cfg, ask=ask)
-    traces = data.in_shards(run / "traces.jsonl", harmful, work)
+    print("[1-4] sampling the base on harmful prompts; where its reasoning first turns toward "
+          "doing the harm, the cue, a safety trigger takes over and the base goes on (Fig. 5, 6)")
+    traces = data.in_shards(run / "traces.jsonl", harmful, make_pairs, base, tokenizer, cfg, ask)
     if not (run / "pairs.jsonl").exists():
         write_pairs(run / "pairs.jsonl", traces, tokenizer)
     pairs = data.read_jsonl(run / "pairs.jsonl")
-    show_pair(pairs[0], evaluation.pool(cfg))
+    for side in ("rejected", "chosen"):  # at the cut the cue stood, and now the trigger
+        text = " ".join(f"{pairs[0]['prompt'][-80:]}{pairs[0][side][:200]}".split())
+        print(f"  {side:9}...{evaluation.mark(text, evaluation.pool(cfg))}...")
     groups = harmful_groups(pairs, think_end, cfg.supervise)
-    work = partial(sample_benign, model=base, tokenizer=tokenizer, cfg=cfg)
-    benign_base = data.in_shards(run / "benign_base.jsonl", benign, work)
-    say(5, "stage 1: DPO from the cut on, the corrected reasoning over the model's own (Eq. 4), "
-           "and a little SFT on it")
+    answers = data.in_shards(run / "benign_base.jsonl", benign, sample_benign, base, tokenizer, cfg)
+    print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own (Eq. 4), "
+          "and a little SFT on it")
     add_reference(models, groups, cfg)
     if cfg.lora_rank:
         torch.manual_seed(cfg.seed)
@@ -469,13 +461,13 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     train_stage(models.policy, groups, cfg, run, 1)
     if not benign:
         return
-    say(6, "stage 2, against over-refusal: benign prompts join the pairs; where stage 1 refuses "
-           "one, the base's answer is preferred to that")
-    work = partial(sample_benign, model=models.policy, tokenizer=tokenizer, cfg=cfg)
-    benign_now = data.in_shards(run / "benign_stage1.jsonl", benign, work)
-    more = benign_groups(benign_base, benign_now, think_end, cfg.supervise)
-    refused = [row for row in benign_now if row["refused"]]
-    print(f"stage 1 refuses {len(refused)} of {len(benign_now)} benign prompts")
+    print("[6] stage 2, against over-refusal: benign prompts join the pairs; where stage 1 refuses "
+          "one, the base's answer is preferred to that")
+    now = data.in_shards(run / "benign_stage1.jsonl", benign, sample_benign, models.policy,
+                         tokenizer, cfg)
+    more = benign_groups(answers, now, think_end, cfg.supervise)
+    refused = [row for row in now if row["refused"]]
+    print(f"stage 1 refuses {len(refused)} of {len(now)} benign prompts")
     for row in refused[:1]:
         text = f"{row['prompt']} ... {ipo.decode(tokenizer, row['output_ids'])[-120:]}"
         print(f"  {evaluation.printable(' '.join(text.split()))}")
@@ -483,14 +475,9 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     train_stage(models.policy, groups + more, cfg, run, 2)
 
 
-def prepare(cfg, run):
-    """(tokenizer, models, judge, evaluation sets, prompts): all inputs read and found good."""
+def run_all(cfg, run):
+    """The whole method; every stage finds what an earlier, stopped run has finished."""
     folder = base_folder(cfg)
-    if not cfg.model and not folder.exists():
-        say(0, f"training the kingdom's small base model, once, into {folder}")
-        build_base(cfg, folder)
-    if not cfg.model:
-        shutil.rmtree(folder.with_name(f"{folder.name}.work"), ignore_errors=True)
     check_memory(folder, cfg)
     tokenizer, base = data.load_model(folder, cfg.device)
     models = SimpleNamespace(base=base, policy=base)
@@ -506,22 +493,13 @@ def prepare(cfg, run):
     data.render_all(tokenizer, base, sets + trained)
     if not (run / "config.json").exists():
         write_config(cfg, run, folder)
-    return tokenizer, models, ask, sets, prompts
-
-
-def run_all(cfg):
-    """The whole method; every stage finds what an earlier, stopped run has finished."""
-    run = check_run(cfg)
-    if (run / "eval.json").exists():
-        return print(evaluation.report(run))
-    tokenizer, models, ask, sets, prompts = prepare(cfg, run)
     if cfg.model:
         print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
     evaluate = partial(evaluation.evaluate, sets=sets, tokenizer=tokenizer, cfg=cfg, ask=ask)
-    say("-", "before: the base on held-out prompts")
-    rows = evaluate(run / "eval_before.jsonl", "before", models.base)
+    print("[-] before: the base on held-out prompts")
+    rows = evaluate(run / "eval_before.jsonl", "before", base)
     align(cfg, run, tokenizer, models, ask, *prompts)
-    say("-", "after: the same prompts and seeds")
+    print("[-] after: the same prompts and seeds")
     rows += evaluate(run / "eval_after.jsonl", "after", models.policy)
     for parent, name, layer in linear_layers(models.policy, LoRA):
         setattr(parent, name, layer.merged())
@@ -529,42 +507,27 @@ def run_all(cfg):
         save_model(models.policy, tokenizer, run / "model")
     data.write_jsonl(run / "eval_traces.jsonl", rows)
     summary = evaluation.summarise(rows, cfg.judge)
-    data.write_text(run / "eval.json", json.dumps(summary, indent=1))
     write_card(run, cfg, summary)
-    (run / "checkpoint.safetensors").unlink(missing_ok=True)
-    print(evaluation.report(run))
+    data.write_text(run / "eval.json", json.dumps(summary, indent=1))  # the last: the run is done
 
 
 def write_card(run, cfg, summary):
     """The model card of the saved folder: what it is, its settings and its results."""
-    lines = evaluation.table({side: summary[side] for side in ("before", "after")})
-    cells = ["| " + " | ".join(line) + " |" for line in lines]
+    table = evaluation.table({side: summary[side] for side in evaluation.SIDES})
+    head, *rows = [f"| {' | '.join(line)} |" for line in table]
     settings = ", ".join(f"{name} {value}" for name, value in asdict(cfg).items() if name != "out")
+    world = "." if cfg.model else " on a synthetic world; no evidence about real models."
     data.write_text(run / "model" / "README.md", "\n".join([
         "---", f"base_model: {cfg.model}" if cfg.model else "license: mit", "tags: [ipo, safety]",
-        "---", "Trained with Intervened Preference Optimization (arXiv 2509.24393)"
-        + (" on a synthetic world; no evidence about real models." if not cfg.model else "."),
-        "", *cells[:1], "|---" * len(lines[0]) + "|", *cells[1:], "",
-        f"Judge: {summary['judge']}. Settings: {settings}."]))
-
-
-def show_pair(pair, triggers):
-    """One pair: the end of its prefix, the cue that stood there, and the trigger in its place."""
-    for side in ("rejected", "chosen"):
-        text = " ".join(f"{pair['prompt'][-80:]}{pair[side][:200]}".split())
-        print(f"  {side:9}...{evaluation.mark(text, triggers)}...")
-
-
-def say(step, what):
-    """A line as a stage starts; the step is the one of ipo.py's header."""
-    print(f"[{step}] {what}", flush=True)
+        "---", f"Trained with Intervened Preference Optimization (arXiv 2509.24393){world}", "",
+        head, "|---" * 3 + "|", *rows, "", f"Judge: {summary['judge']}. Settings: {settings}."]))
 
 
 def parse(argv=None):
     told = "; ".join(f"{mode}: {', '.join(f'{name} {value}' for name, value in of.items())}"
                      for mode, of in DEFAULTS.items())
     parser = HfArgumentParser(Config, description=__doc__, epilog=f"None means, {told}")
-    cfg, = parser.parse_args_into_dataclasses(argv)
+    cfg = Config(**vars(parser.parse_args(argv)))
     for name, value in DEFAULTS["model" if cfg.model else "kingdom"].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
@@ -576,13 +539,19 @@ def parse(argv=None):
 
 def main(argv=None):
     try:
-        run_all(parse(argv))
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        told = {torch.OutOfMemoryError: "the GPU's memory is full; a smaller --micro-tokens or "
-                "--sample-batch may fit"}.get(type(error), " ".join(str(error).split()))
-        print(f"error: {told}" + ("" if isinstance(error, UserError) else
-              "; what was finished is kept: mend it and give the same command again"),
-              file=sys.stderr)
+        cfg = parse(argv)
+        run = check_run(cfg)
+        if not (run / "eval.json").exists():
+            run_all(cfg, run)
+        (run / "checkpoint.safetensors").unlink(missing_ok=True)
+        print(evaluation.report(run))
+    except (UserError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:
+        told = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            told = "the GPU's memory is full; a smaller --micro-tokens or --sample-batch may fit"
+        if not isinstance(error, UserError):
+            told += "; what was finished is kept: mend it and give the same command again"
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -590,4 +559,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # in a log too each line is there when it is said
     main()

@@ -55,8 +55,6 @@ def open_seed(seed, out, lr, epochs):
     cfg = train.parse(["--seed", str(seed), "--out", str(out / f"seed{seed}")])
     cfg.lr, cfg.epochs, cfg.batch_pairs = lr, epochs, BATCH
     folder, run = train.base_folder(cfg), Path(cfg.out)
-    if not folder.exists():
-        train.build_base(cfg, folder)
     run.mkdir(parents=True, exist_ok=True)
     tokenizer, base = data.load_model(folder, cfg.device)
     sets = [(f"{r['set']}/{i}/0", r) for i, r in enumerate(evaluation.load_sets("kingdom"))]

@@ -537,7 +537,7 @@ def in_shards(path, n, size, seen):
     def work(items):
         seen.append(list(items))
         return [{"n": item, "shard": items[0]} for item in items]
-    return data.in_shards(path, list(range(n)), work, size)
+    return data.in_shards(path, list(range(n)), work, size=size)
 
 
 def whole(n, size):
@@ -572,7 +572,7 @@ def test_work_that_fails_leaves_the_shards_before_it(tmp_path):
             raise data.UserError("the judge is gone")
         return [{"n": item} for item in items]
     with pytest.raises(data.UserError):
-        data.in_shards(tmp_path / "s.jsonl", list(range(8)), work, 4)
+        data.in_shards(tmp_path / "s.jsonl", list(range(8)), work, size=4)
     assert data.read_jsonl(tmp_path / "s.jsonl") == [{"n": i} for i in range(4)]
 
 
@@ -670,7 +670,7 @@ def test_help_is_the_ward_against_the_right_deed():
     ("The sum is 12.", True), ("So: The sum is 12.\n", True), ("The sum is 1.", False),
     ("The sum is 120.", False), ("The sum is 2.", False), ("12", False), ("", False)])
 def test_a_sum_is_right_or_wrong(response, right):
-    assert data.complied(data.sum_record([6, 3, 2, 1]), response) is right
+    assert data.complied({"kind": "math", "answer": 12}, response) is right
 
 
 def test_the_grammar_adds_up():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -170,6 +171,7 @@ def test_pairs_jsonl_feeds_trls_dpo_trainer_unchanged(taught, tmp_path):
 
 @pytest.mark.parametrize("error, said", [
     (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left"),
     (torch.OutOfMemoryError("CUDA out of memory"), "--micro-tokens"),
     (data.UserError("the judge at http://x does not answer"), "the judge at"),
 ])
@@ -251,7 +253,8 @@ def test_an_eight_billion_model_in_full_is_said_not_to_fit_a_small_gpu(tmp_path,
     train.check_memory(tmp_path, cfg)
 
 
-@pytest.mark.parametrize("stage", ["make_pairs", "sample_benign", "save_checkpoint", "save_model"])
+@pytest.mark.parametrize("stage", ["make_pairs", "sample_benign", "save_checkpoint", "save_model",
+                                   "write_card"])
 def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(
     stage, taught, tmp_path, monkeypatch
 ):
@@ -276,6 +279,7 @@ def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(
         "log.jsonl",
         "eval_traces.jsonl",
         "model/model.safetensors",
+        "model/README.md",
     ):
         assert (tmp_path / "whole" / name).read_bytes() == (
             tmp_path / "stopped" / name
@@ -326,6 +330,25 @@ def test_bad_input_is_one_line_and_status_2(more, says, taught, tmp_path, capsys
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert ended.value.code == 2 and len(said) == 1 and says in said[0]
     assert not (tmp_path / "run").exists(), "nothing half-written: the mended command can run"
+
+
+def test_a_flag_that_is_not_there_is_said_and_no_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.parse(["--sed", "5"])
+    assert ended.value.code == 2 and "--sed" in capsys.readouterr().err
+
+
+def test_ones_own_benign_prompts_are_used_in_the_kingdom_too(tmp_path):
+    (tmp_path / "benign.txt").write_text(BENIGN[0])
+    cfg = train.parse(["--benign", str(tmp_path / "benign.txt"), "--device", "cpu"])
+    harmful, benign = train.training_prompts(cfg)
+    assert len(harmful) == 120 and [record["prompt"] for _, record in benign] == BENIGN[:1]
+
+
+def test_without_git_a_run_is_told_of_all_the_same(taught, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train.write_config(train.parse(flags(taught("llama"), tmp_path)), tmp_path, "base")
+    assert json.loads((tmp_path / "config.json").read_text())["made_by"]["commit"] == ""
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_written(
