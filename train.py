@@ -242,7 +242,7 @@ class AdamW:
 
     def __init__(self, named, betas=(0.9, 0.95), eps=1e-8, seed=0):
         self.named, self.betas, self.eps, self.seed, self.steps = dict(named), betas, eps, seed, 0
-        self.state = {f"{m}.{name}": p if m == "p" else torch.zeros_like(p)
+        self.state = {f"{m}.{name}": p.detach() if m == "p" else torch.zeros_like(p)
                       for name, p in self.named.items() for m in "pmv"}  # what a checkpoint holds
 
     @torch.no_grad()
@@ -359,7 +359,7 @@ def resume(run, stage, optimizer):
         if saved["stage"] != stage:
             return 0 if saved["stage"] < stage else None
         for name, value in optimizer.state.items():
-            value.data.copy_(file.get_tensor(name))
+            value.copy_(file.get_tensor(name))
     optimizer.steps = saved["step"]
     return saved["step"]
 
