@@ -160,6 +160,13 @@ def test_a_marked_text_says_the_same():
     )
 
 
+def test_a_trigger_inside_the_cue_is_not_printed_twice():
+    """Its span ended before the cue's, and the rest of the cue came once more."""
+    for trigger in ("Hm", "let me"):
+        shown = evaluation.mark("They ask. Hm, let me lay out a plan. Done.", [trigger])
+        assert shown == "They ask. [cue: Hm, let me lay out a plan.] Done."
+
+
 @given(st.text())
 def test_marked_html_holds_the_text_and_no_tag_of_its_own(text):
     shown = evaluation.mark(text, ipo.TRIGGERS, markup=True)
@@ -176,13 +183,21 @@ def test_kl_bands_and_turning_points_are_read_off_a_made_up_curve(tokenizer, mon
            "side": "before", "kind": "harmful"}
     w = SimpleNamespace(tokenizer=tokenizer, think_end=4, triggers=ipo.TRIGGERS, limit=40,
                         rows=[row] * 12)
-    monkeypatch.setattr(evaluation, "unsafe_after",
-                        lambda w, rows, prefixes: [len(prefix) < end for prefix in prefixes])
+    monkeypatch.setattr(evaluation, "safe_counts",
+                        lambda w, starts, n: [n * (len(prefix) >= end) for _, prefix in starts])
     lines, (_, _, curves) = evaluation.safety_triggers(w)
     assert lines[1][:2] == ["0.9", "15"] and lines[1][2].startswith("100.0 %")
     assert lines[1][3] in ("+0.0", "-0.0")
     assert {y for x, y, _, _ in curves["mean"] if x < -3} == {0}
     assert {y for x, y, _, _ in curves["mean"] if x > 3} == {1}
+
+
+def test_f3_says_so_where_there_is_no_harmful_prompt():
+    """It divided by the number of rollouts."""
+    w = SimpleNamespace(rows=[], limit=40, generate=lambda prompts, keys: [], tokenizer=None,
+                        judge_safety=lambda texts, prompts, part: [])
+    lines, _ = evaluation.alike(w)
+    assert lines[1] == ["% of 0 prompts"] + ["0.0"] * 9
 
 
 def test_f6_counts_harm_left_after_each_intervention(tokenizer):

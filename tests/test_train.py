@@ -114,6 +114,8 @@ def test_the_whole_path_runs_on_every_family(family, taught, tmp_path, capsys):
     check_saved_model(out, base)
     train.main(flags(base, out))
     assert "harmful reasoning" in capsys.readouterr().out, "a finished run prints its table again"
+    evaluation.main([str(out / "model"), "--prompt", "How?", "--max-new-tokens", "9"])
+    assert "outcome: " in capsys.readouterr().out, "a saved model alone has no settings"
 
 
 def check_pairs(out, tokenizer):
