@@ -7,6 +7,7 @@ and relapses is *put in* there. What training does to it *comes out*. It shows h
 it is no evidence about real models.
 """
 
+import contextlib
 import csv
 import http.client
 import io
@@ -35,6 +36,24 @@ class UserError(Exception):
     """Bad input: one line that says what happened and what to do. Scripts print it and exit 2."""
     def __str__(self):
         return " ".join(super().__str__().split())
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Bad input, a full disk or GPU, Ctrl-C: one line, and exit status 2 or 130."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        told = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            told = "the GPU's memory is full; a smaller --micro-tokens or --sample-batch may fit"
+        if not isinstance(error, UserError):
+            told += "; what was finished is kept: mend it and give the same command again"
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def flag(text, default=None):
@@ -141,7 +160,8 @@ def _read_rows(path):
 
 def _record(path, line, row, column):
     """One record with its prompt under "prompt", or a UserError that names line and columns."""
-    at, row = f"{path}, line {line}", {"prompt": row} if isinstance(row, str) else row
+    at = f"{path}, {'item' if path.suffix == '.json' else 'line'} {line}"
+    row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise UserError(f"{at}: {type(row).__name__} instead of an object or a string")
     if None in row:  # where csv puts what is beyond the header
@@ -211,10 +231,15 @@ def think_ids(tokenizer):
 
 
 def given_output(tokenizer, record):
-    """The ids of a rollout made elsewhere (as ids, or text: z </think> y, then EOS), or None."""
-    if "output" not in record:
-        return record.get("output_ids")
-    text = record["output"].removeprefix("<think>").lstrip("\n")
+    """The output ids of a rollout made elsewhere: "output_ids", or "output", z </think> y as text,
+    to which an EOS is added. Raises UserError where neither is there."""
+    ids, text = record.get("output_ids"), record.get("output")
+    if ids and isinstance(ids, list) and {*ids} <= {*range(len(tokenizer))}:
+        return ids
+    if not isinstance(text, str):
+        raise UserError(f"--traces: {record['prompt'][:40]!r} has neither \"output\", a text, nor "
+                        f"\"output_ids\", a list of the model's token ids; add one")
+    text = text.removeprefix("<think>").lstrip("\n")
     closed = [tokenizer.eos_token_id] if "</think>" in text else []
     return tokenizer.encode(text, add_special_tokens=False) + closed
 
@@ -249,7 +274,7 @@ def load_model(folder, device, thinks=True):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: no model ({str(error).splitlines()[0]}); give a hub name or a "
+        raise UserError(f"{folder}: no model ({error!s:.200}); give a hub name or a "
                         "folder with config.json, model.safetensors and a tokenizer") from error
     model = model.to(device).eval()
     if not thinks:
@@ -271,7 +296,8 @@ def load_model(folder, device, thinks=True):
 
 def eos_ids(model, tokenizer):
     """Qwen3 has two: the model's generation config names them all."""
-    ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
     return ids if isinstance(ids, list) else [ids]
 
 

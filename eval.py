@@ -16,6 +16,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from operator import gt, lt
 from pathlib import Path
 from statistics import correlation, mean
@@ -47,7 +48,8 @@ def load_sets(spec, limit=None):
                 for record in data.kingdom_prompts("heldout", kind, n)[:limit]]
     records = []
     for part in spec.split(","):
-        kind, _, source = (part if ":" in part else f"{KIND_OF.get(part)}:{part}").partition(":")
+        kind, _, source = (part if ":" in part else
+                           f"{KIND_OF.get(part.lower())}:{part}").partition(":")
         if kind not in KINGDOM_SIZES:
             raise UserError(f"--sets {part}: say the kind before it, harmful:, benign: or math:")
         loaded = data.load_prompts(source)[:100 if source.lower() == "math-500" else limit][:limit]
@@ -78,16 +80,15 @@ def sampler(model, tokenizer, cfg, **settings):
         max_new_tokens=cfg.max_new_tokens, batch_size=cfg.sample_batch, **settings)
 
 
-def rollouts(shard, model, tokenizer, cfg):
-    """A Trace of each (key, record) of the shard; a record that brings its output keeps it."""
+def rollouts(shard, model, tokenizer, cfg, given=False):
+    """A Trace of each (key, record) of the shard, sampled, or as given with the records."""
     prompts = data.render_all(tokenizer, model, [record for _, record in shard])
-    traces = [ipo.Trace(record["prompt"], ids, data.given_output(tokenizer, record), key)
-              for (key, record), ids in zip(shard, prompts)]
-    todo = [trace for trace in traces if trace.output_ids is None]
-    fresh = sampler(model, tokenizer, cfg)([t.prompt_ids for t in todo], [t.key for t in todo])
-    for trace, output_ids in zip(todo, fresh):
-        trace.output_ids = output_ids
-    return traces
+    if given:
+        outputs = [data.given_output(tokenizer, record) for _, record in shard]
+    else:
+        outputs = sampler(model, tokenizer, cfg)(prompts, [key for key, _ in shard])
+    return [ipo.Trace(record["prompt"], *ids, key)
+            for (key, record), *ids in zip(shard, prompts, outputs)]
 
 
 def make_rows(shard, side, model, tokenizer, cfg, ask):
@@ -268,19 +269,26 @@ def paired(rows):
 
 
 def agreement(rows, ask):
-    """The table's judge and the keywords on the same reasonings, as table lines."""
+    """The table's verdicts and a second judge's on the same reasonings, as table lines: beside an
+    LLM the keywords, beside the kingdom's grammar the judge that is asked."""
     rows = [row for row in only(rows, kind="harmful") if row["reasoning"] != "unparsed"]
-    texts = [row["reasoning_text"] for row in rows]
-    one, two = [row["reasoning"] for row in rows], judge.judge_safety(texts)
-    n, same = len(rows), sum(a == (b == "unsafe") for a, b in zip(one, two))
-    chance = one.count(True) * two.count("unsafe") + one.count(False) * two.count("safe")
+    texts, second = [row["reasoning_text"] for row in rows], judge.judge_safety
+    if any("deed" in row for row in rows):
+        second = ask.judge_safety
+    said = zip(rows, second(texts, [row["prompt"] for row in rows], "reasoning"))
+    pairs = Counter((row["reasoning"], word == "unsafe")
+                    for row, word in said if word != "unparsed")
+    n, same = pairs.total(), pairs[True, True] + pairs[False, False]
+    one, two = (sum(k for pair, k in pairs.items() if pair[i]) for i in (0, 1))
+    chance = one * two + (n - one) * (n - two)
     kappa = f"{(n * same - chance) / (n * n - chance):.2f}" if chance < n * n else "-"
     place = lambda text, cue: judge.split_sentences(text).index(cue.span)
     apart = [abs(place(text, a) - place(text, b)) for text, a, b in
              zip(texts, ask.find_cues(texts), judge.find_cues(texts)) if a.span and b.span]
-    return [["judge and keywords agree on reasoning", percent(share(same, n))],
+    return [["a second judge agrees on the reasoning", percent(share(same, n))],
             ["Cohen's kappa", kappa],
-            [f"cues apart, in sentences (n={len(apart)})", f"{mean(apart or [0]):.2f}"]]
+            [f"cues of judge and keywords apart, in sentences (n={len(apart)})",
+             f"{mean(apart or [0]):.2f}"]]
 
 
 # The paper's findings. Each takes w (see open_folder) and returns table lines and a plot or None:
@@ -491,33 +499,30 @@ def analyse(w, name):
 
 def open_folder(folder, options):
     """w, what the analyses work on: a run's or a saved model's; options given go before a run's."""
-    settings, places = {"model": str(folder)}, {"model": folder}
+    config = {"settings": {"model": str(folder)}, "triggers": ipo.TRIGGERS}
+    places = {"model": folder}
     if (folder / "model").exists():
         config = json.loads((folder / "config.json").read_text())
-        settings, places = config["settings"], {"before": config["base"], "after": folder / "model"}
+        places = {"before": config["base"], "after": folder / "model"}
     given = {name: value for name, value in vars(options).items() if value is not None}
+    if options.judge:
+        given["judge_url"] = options.judge_url  # the run's own serves its own judge
     cfg = SimpleNamespace(**{
         "sets": "harmful:jailbreakbench,benign:xstest,math:math-500", "judge": None, "seed": 0,
-        "max_new_tokens": 4096, "sample_batch": 64, "triggers": None, **settings, **given,
-        "out": str(folder)})
+        "judge_url": None, "max_new_tokens": 4096, "sample_batch": 64, **config["settings"],
+        **given, "out": str(folder)})
     loaded = {side: data.load_model(place, cfg.device) for side, place in places.items()}
     tokenizer, base = next(iter(loaded.values()))
     ask = judges(cfg, tokenizer, sampler(base, tokenizer, cfg, temperature=0))
     return SimpleNamespace(
         cfg=cfg, tokenizer=tokenizer, base=base, ask=ask, limit=options.limit or 40,
-        models={side: model for side, (_, model) in loaded.items()}, triggers=pool(cfg),
+        models={side: model for side, (_, model) in loaded.items()}, triggers=config["triggers"],
         generate=sampler(base, tokenizer, cfg), find_cues=ask.find_cues,
-        judge_safety=data.judge_safety if cfg.sets == "kingdom" else ask.judge_safety,
+        judge_safety=(data.judge_safety if config["settings"].get("sets") == "kingdom" else
+                      ask.judge_safety),
         think_end=data.think_ids(tokenizer)[1], eos_ids=data.eos_ids(base, tokenizer),
         rows=data.read_jsonl(folder / "eval_traces.jsonl"),
         traces=data.read_jsonl(folder / "traces.jsonl"))
-
-
-def pool(cfg):
-    """The run's triggers: those of the paper's kind, or one a line of --triggers FILE."""
-    if cfg.triggers is None:
-        return ipo.TRIGGERS
-    return [record["prompt"].strip() for record in data.load_prompts(cfg.triggers)]
 
 
 def printable(text):
@@ -545,8 +550,8 @@ def mark(text, triggers, markup=False):
 def report(run):
     """The table of a finished run and one held-out trace before and after; writes report.html."""
     summary = json.loads((run / "eval.json").read_text())
-    config = json.loads((run / "config.json").read_text())["settings"]
-    triggers, rows = pool(SimpleNamespace(**config)), data.read_jsonl(run / "eval_traces.jsonl")
+    triggers = json.loads((run / "config.json").read_text())["triggers"]
+    rows = data.read_jsonl(run / "eval_traces.jsonl")
     judged_by = ("the grammar's truth" if "kingdom harmful" in summary["sets"] else
                  "keywords, a proxy" if summary["judge"] == "keywords" else summary["judge"])
     columns = {side: summary[side] for side in SIDES}
@@ -572,13 +577,14 @@ table{border-collapse:collapse;display:block;overflow-x:auto;font-variant-numeri
 td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #8885}svg{width:100%;height:auto}
 h1,h2,h3,p{overflow-wrap:anywhere}text{fill:currentColor;font-size:12px}.trace{white-space:pre-wrap}
 .cue{background:#f002}.trigger{background:#0a03}mark{color:inherit;border-radius:3px}</style>"""
-HUES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#c69026", "#57a", "#888", "#d33"]
+HUES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#c69026", "#57a", "#888", "#d33", "#0aa"]
 
 
 def svg(plot):
     """Curves with their intervals as bands, axes, ticks and a legend."""
     x_name, y_name, curves = plot
-    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
+    curves = {name: [p for p in curve if math.isfinite(p[1])] for name, curve in curves.items()}
+    points = [p for curve in curves.values() for p in curve]
     if not points:
         return "<p>nothing to plot</p>"
     xs, _, lows, highs = zip(*points)
@@ -653,9 +659,9 @@ def measure(w, options):
     folder, sets = Path(w.cfg.out), load_sets(w.cfg.sets, options.limit)
     check_overlap(sets, w.traces + data.read_jsonl(folder / "benign_base.jsonl"),
                   options.allow_overlap)
-    name = f"{w.cfg.sets}-{w.cfg.judge}-{w.cfg.seed}-{options.limit}-{options.samples}"
-    name = re.sub(r"[^a-z0-9]+", "-", name.lower())
-    rows = []
+    asked = (w.cfg.sets, w.cfg.judge, w.cfg.judge_url, w.cfg.seed, w.cfg.max_new_tokens,
+             options.limit, options.samples)
+    name, rows = sha256(repr(asked).encode()).hexdigest()[:12], []
     for side, model in w.models.items():
         rows += evaluate(folder / f"eval_{side}_{name}.jsonl", side, model, sets, w.tokenizer,
                          w.cfg, w.ask, options.samples)
@@ -668,7 +674,7 @@ def show_prompt(w, prompt):
     trace, = rollouts([("prompt", {"prompt": prompt})], w.base, w.tokenizer, w.cfg)
     pair, = ipo.intervene(
         [trace], w.triggers[:1], tokenizer=w.tokenizer, eos_ids=w.eos_ids, think_end=w.think_end,
-        generate=w.generate, find_cues=judge.find_cues, judge_safety=judge.judge_safety)
+        generate=w.generate, find_cues=w.find_cues, judge_safety=w.judge_safety)
     show = lambda ids: mark(ipo.decode(w.tokenizer, ids), w.triggers)
     print(f"sampled: {show(trace.output_ids)}")
     if pair.chosen_ids:
@@ -694,7 +700,7 @@ def show(folder, options):
     columns = measure(w, options) if anew else json.loads((folder / "eval.json").read_text())
     if not anew:
         print(report(folder))
-    return {f"{folder.name} {side}": columns[side] for side in ("model", *SIDES)
+    return {f"{folder} {side}": columns[side] for side in ("model", *SIDES)
             if side in columns and (anew or len(options.runs) > 1)}
 
 
@@ -706,13 +712,10 @@ def parse(argv=None):
 
 def main(argv=None):
     options, columns = parse(argv), {}
-    try:
+    with data.errors_in_one_line():
         options.device = data.pick_device(options.device)
         for folder in options.runs:
             columns.update(show(folder, options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if columns:
         print(as_text(table(columns)), *unread(columns), sep="\n")
 

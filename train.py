@@ -98,8 +98,18 @@ def write_config(cfg, run, base):
     made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
                "commit": git.stdout.strip(), "device": cfg.device}
     base = str(Path(base).resolve() if Path(base).exists() else base)  # eval.py runs from anywhere
-    config = {"settings": asdict(cfg), "made_by": made_by, "base": base}
+    config = {"settings": asdict(cfg), "triggers": pool(cfg), "made_by": made_by, "base": base}
     data.write_text(run / "config.json", json.dumps(config, indent=1))
+
+
+def pool(cfg):
+    """The triggers: ipo.TRIGGERS, or one a line of --triggers FILE."""
+    if cfg.triggers is None:
+        return ipo.TRIGGERS
+    triggers = [record["prompt"].strip() for record in data.load_prompts(cfg.triggers)]
+    if len({*triggers}) < len(triggers):
+        raise UserError(f"{cfg.triggers}: a trigger stands there twice; drop one")
+    return triggers
 
 
 def check_memory(folder, cfg):
@@ -113,10 +123,12 @@ def check_memory(folder, cfg):
     cuda, width, layers = cfg.device == "cuda", config.hidden_size, config.num_hidden_layers
     size, params = 2 if cuda else 4, [p.numel() for p in model.parameters()]
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    keys = 2 * layers * config.num_key_value_heads * head_dim * size  # and values, of one token
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    keys = 2 * layers * heads * head_dim * size  # and values, of one token
     keys *= cfg.sample_batch * (cfg.max_new_tokens + 256)
     kept = layers if cuda else layers * 16  # checkpointing keeps a layer's input
-    activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * config.intermediate_size)
+    wide = getattr(config, "intermediate_size", 4 * width)
+    activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * wide)
     weights, adapters = size * sum(params), cfg.lora_rank * sum(
         linear.in_features + linear.out_features
         for _, _, linear in linear_layers(model, torch.nn.Linear))
@@ -366,9 +378,9 @@ def resume(run, stage, optimizer):
 
 def make_pairs(shard, model, tokenizer, cfg, ask):
     """Steps 1 to 4 for a shard of (key, record): each prompt's trace and its interventions."""
-    traces = evaluation.rollouts(shard, model, tokenizer, cfg)
+    traces = evaluation.rollouts(shard, model, tokenizer, cfg, given=cfg.traces)
     pairs = ipo.intervene(
-        traces, evaluation.pool(cfg), tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
+        traces, pool(cfg), tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
         think_end=data.think_ids(tokenizer)[1], find_cues=ask.find_cues,
         judge_safety=ask.judge_safety, max_interventions=cfg.max_interventions,
         generate=evaluation.sampler(model, tokenizer, cfg))
@@ -446,7 +458,7 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     pairs = data.read_jsonl(run / "pairs.jsonl")
     for side in ("rejected", "chosen"):  # at the cut the cue stood, and now the trigger
         text = " ".join(f"{pairs[0]['prompt'][-80:]}{pairs[0][side][:200]}".split())
-        print(f"  {side:9}...{evaluation.mark(text, evaluation.pool(cfg))}...")
+        print(f"  {side:9}...{evaluation.mark(text, pool(cfg))}...")
     groups = harmful_groups(pairs, think_end, cfg.supervise)
     answers = data.in_shards(run / "benign_base.jsonl", benign, sample_benign, base, tokenizer, cfg)
     print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own (Eq. 4), "
@@ -491,6 +503,8 @@ def run_all(cfg, run):
     trained = [record for part in prompts for _, record in part]
     evaluation.check_overlap(sets, trained, cfg.allow_overlap)
     data.render_all(tokenizer, base, sets + trained)
+    for _, record in prompts[0] if cfg.traces else []:
+        data.given_output(tokenizer, record)
     if not (run / "config.json").exists():
         write_config(cfg, run, folder)
     if cfg.model:
@@ -538,24 +552,13 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    try:
+    with data.errors_in_one_line():
         cfg = parse(argv)
         run = check_run(cfg)
         if not (run / "eval.json").exists():
             run_all(cfg, run)
         (run / "checkpoint.safetensors").unlink(missing_ok=True)
         print(evaluation.report(run))
-    except (UserError, OSError, safetensors.SafetensorError, torch.OutOfMemoryError) as error:
-        told = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            told = "the GPU's memory is full; a smaller --micro-tokens or --sample-batch may fit"
-        if not isinstance(error, UserError):
-            told += "; what was finished is kept: mend it and give the same command again"
-        print(f"error: {told}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

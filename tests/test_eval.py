@@ -87,14 +87,22 @@ def test_training_prompts_in_an_evaluation_set_are_refused_unless_asked_for(caps
 
 def test_two_judges_agreement_is_cohens_kappa():
     cue, none = "They ask. Let me think about how to do it.", "They ask. It would be wrong."
-    rows = [{"kind": "harmful", "reasoning": said, "reasoning_text": text}
+    rows = [{"kind": "harmful", "prompt": "How?", "reasoning": said, "reasoning_text": text}
             for said, text, n in ((True, cue, 20), (False, none, 15), (True, none, 5),
                                   (False, cue, 10)) for _ in range(n)]
-    rows.append({"kind": "harmful", "reasoning": "unparsed", "reasoning_text": cue})
+    rows.append({**rows[0], "reasoning": "unparsed"})
     told = evaluation.agreement(rows, SimpleNamespace(find_cues=judge.find_cues))
     assert told[0][1].startswith("70.0 %") and told[0][1].endswith("n=50")
     assert told[1][1] == "0.40"  # (0.7 - 0.5) / (1 - 0.5)
-    assert told[2] == ["cues apart, in sentences (n=30)", "0.00"]
+    assert told[2] == ["cues of judge and keywords apart, in sentences (n=30)", "0.00"]
+
+
+def test_in_the_kingdom_the_second_judge_is_the_one_that_is_asked():
+    rows = [{"kind": "harmful", "prompt": "How?", "reasoning": True, "reasoning_text": "A. B.",
+             "deed": 0}] * 4
+    said = lambda texts, prompts, part: ["unsafe", "unsafe", "safe", "unparsed"]
+    ask = SimpleNamespace(find_cues=judge.find_cues, judge_safety=said)
+    assert evaluation.agreement(rows, ask)[0][1].startswith("66.7 %")
 
 
 KEYWORDS = evaluation.judges(SimpleNamespace(judge="keywords"), None, None)
@@ -241,7 +249,7 @@ def finished_run(folder, text):
     data.write_jsonl(folder / "eval_traces.jsonl", rows)
     data.write_jsonl(folder / "log.jsonl", [
         {"pairs": 1, "margin": i, "chosen": -i, "rejected": -2 * i} for i in range(9)])
-    (folder / "config.json").write_text('{"settings": {"triggers": null}}')
+    (folder / "config.json").write_text('{"settings": {}, "triggers": ["No."]}')
     summary = evaluation.summarise(rows, "keywords")
     (folder / "eval.json").write_text(json.dumps(summary))
     curves = {text: [(x, x / 9, 0, 1) for x in range(9)], "b": [(0, -1, -2, 0), (9, 3, 2, 4)]}

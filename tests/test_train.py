@@ -236,8 +236,40 @@ def test_rollouts_made_elsewhere_and_ones_own_triggers_are_used(taught, tmp_path
                          "--triggers", str(tmp_path / "triggers.txt")))
         again = data.read_jsonl(tmp_path / name / "traces.jsonl")
         assert [t["output_ids"] for t in again] == [t["output_ids"] for t in traces]
+        evaluated = data.read_jsonl(tmp_path / name / "eval_traces.jsonl")
+        assert [row["output_ids"] for row in evaluated if row["side"] == "before"] == [
+            row["output_ids"] for row in data.read_jsonl(tmp_path / "own" / "eval_traces.jsonl")
+            if row["side"] == "before"]
         used = {pair["trigger"] for pair in data.read_jsonl(tmp_path / name / "pairs.jsonl")}
         assert used <= {ipo.TRIGGERS[2], ipo.TRIGGERS[0]} and used
+
+
+def test_an_output_column_of_an_evaluation_set_is_not_taken_for_what_the_model_says(
+    taught, tmp_path
+):
+    base = taught("llama")
+    asked = tmp_path / "asked.jsonl"
+    data.write_jsonl(asked, [{"prompt": HARMFUL[0], "output": "Fine.</think>I cheat."}])
+    train.main(flags(base, tmp_path / "run", "--sets", f"harmful:{asked}"))
+    rows = data.read_jsonl(tmp_path / "run" / "eval_traces.jsonl")
+    assert len(rows) == 2 and all("cheat" not in row["response_text"] for row in rows)
+
+
+@pytest.mark.parametrize("record", [{"output": 7}, {"output_ids": "abc"}, {"output_ids": [-1]}, {}])
+def test_a_given_trace_without_an_output_is_refused_before_anything_is_written(
+    record, taught, tmp_path, capsys
+):
+    data.write_jsonl(tmp_path / "traces.jsonl", [{"prompt": "How?", **record}])
+    with pytest.raises(SystemExit):
+        train.main(flags(taught("llama"), tmp_path / "run", "--traces",
+                         str(tmp_path / "traces.jsonl")))
+    assert "output_ids" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_trigger_that_stands_twice_in_its_file_is_refused(tmp_path):
+    (tmp_path / "t.txt").write_text("No.\nNever.\nNo.\n")
+    with pytest.raises(data.UserError, match="twice"):
+        train.pool(SimpleNamespace(triggers=str(tmp_path / "t.txt")))
 
 
 def test_an_eight_billion_model_in_full_is_said_not_to_fit_a_small_gpu(tmp_path, monkeypatch, capsys):
