@@ -44,6 +44,7 @@ import train
 METHODS = ["ipo", "sft", "dpo-full", "dpo-natural", "grpo", "grpo-printed"]
 REWARDS = {"grpo": torch.tensor([1.0, 1.0]), "grpo-printed": torch.tensor([1.0, -1.0])}
 ABLATIONS = {"full": [], "no-sft": ["--sft-weight", "0"], "no-stage-2": ["--benign", "none"],
+             "no-sums": [],  # none of them in stage 2
              "triggers-1": [], "triggers-3": [], "all": ["--supervise", "all"],
              "text": [], "text-space": []}  # text-space: the cut's space stays with the prefix
 ROLLOUTS, BATCH, CURVE, GOAL, GRPO_PASSES = 8, 16, 100, 0.2, 5
@@ -226,7 +227,7 @@ def through_text(pairs, tokenizer, space, path):
 def borrow(name, run, full, w):
     """What the run "full" has made from the base alone, for a run that differs behind it."""
     run.mkdir(exist_ok=True)
-    for file in ("eval_before", "benign_base")[:1 if name == "no-stage-2" else 2]:
+    for file in ("eval_before", "benign_base")[:1 if name in ("no-stage-2", "no-sums") else 2]:
         data.write_jsonl(run / f"{file}.jsonl", data.read_jsonl(full / f"{file}.jsonl"))
     traces = data.read_jsonl(full / "traces.jsonl")
     for row in traces if name.startswith("triggers") else []:  # the others' stay as they were
@@ -250,6 +251,10 @@ def ablation(name, w, out):
     if name.startswith("triggers"):
         file.write_text("\n".join(ipo.TRIGGERS[:int(name[-1])]) + "\n")
         flags += ["--triggers", str(file)]
+    if name == "no-sums":
+        benign = out / f"benign{w.cfg.seed}.jsonl"
+        data.write_jsonl(benign, data.kingdom_prompts("train", "benign", 480, w.cfg.seed))
+        flags += ["--benign", str(benign)]
     with open(out / f"{run.name}.log", "a") as log, contextlib.redirect_stdout(log):
         start = time.process_time()
         train.main(flags)
