@@ -259,7 +259,7 @@ def group_logps(model, groups):
         logits = head(hidden)                                                         # (N, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 errs by 0.001
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    size = max(1, 2 ** 26 // head.weight.shape[0])  # 64 M logits a chunk
+    size = max(1, (2 ** 26 if ids.is_cuda else 2 ** 22) // head.weight.shape[0])  # CPU: in cache
     logps = torch.cat([checkpoint(token_logps, *chunk, use_reentrant=False)
                        for chunk in zip(hidden.split(size), targets.split(size))])    # (N,)
     logps = torch.stack([part.sum() for part in logps.split([len(side) for _, side in rows])])
