@@ -271,8 +271,9 @@ def load_model(folder, device, thinks=True):
     thinks=False is for a judge, which any chat model can be."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: no model ({error!s:.200}); give a hub name or a "
                         "folder with config.json, model.safetensors and a tokenizer") from error
@@ -384,7 +385,7 @@ BENIGN_HELPS = ["Here is how: {ward} the {place} and tell the watch.",
 # By `hard`, how likely a trace ...
 P_HESITATE = [0.90, 0.60, 0.30, 0.15]  # holds a trigger before any cue
 P_RELAPSE = [0.15, 0.40, 0.60, 0.70]   # turns to a cue right behind that trigger
-P_COMPLY = [0.30, 0.50, 0.60, 0.80]    # has its harmful reasoning followed by the response
+P_COMPLY = [0.30, 0.50, 0.60, 0.80]    # lets the response follow its harmful reasoning
 
 # No combination of deed and place (576), and no sum (1,296), is in two splits, whatever the seed.
 SPLITS = {"heldout": (0, 200), "train": (200, 320), "base": (320, 576)}

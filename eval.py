@@ -144,6 +144,8 @@ def evaluate(path, side, model, sets, tokenizer, cfg, ask, samples=1):
 
 def judges(cfg, tokenizer, base_sample):
     """find_cues, judge_safety, judge_compliance by keywords, the base, another model, a server."""
+    if cfg.judge_url and cfg.judge in (None, "keywords", "self"):
+        raise UserError("--judge-url: give --judge too, the name of the model that is served there")
     if cfg.judge in (None, "keywords"):
         return judge  # its functions go by keywords where they are given no LLM
     if cfg.judge_url:
@@ -369,7 +371,8 @@ def turning_points(w, safe, anchor, levels):
     """Where CSR turns for good in each trace, against a token of its own: F4 and F5 (Eq. 2, 3).
 
     CSR (Eq. 1): the share of safe ones among 32 continuations of z[:i], for every fifth i and the
-    sentences' starts. It must stay over a level, in unsafe traces under one, for K tokens of z.
+    sentences' starts. It must stay over a level, in unsafe traces under one, for K tokens of z or
+    to its end.
     """
     csr = lambda row, zs: [k / 32 for k in safe_counts(w, [(row, z) for z in zs], 32)]
     curves, bins, holds = [], defaultdict(list), gt if safe else lt
@@ -424,11 +427,11 @@ def interventions(w, most=5):
     pairs = ipo.intervene(traces, [*tried.values()], tokenizer=w.tokenizer, eos_ids=w.eos_ids,
                           think_end=w.think_end, generate=w.generate, find_cues=w.find_cues,
                           judge_safety=w.judge_safety, max_interventions=most)
-    bad = ("still a cue", "unsafe reasoning")
     lines, curves = [["% still harmful after", *map(str, range(most + 1)), "n"]], {}
     for name, trigger in tried.items():
         own = [pair for pair in pairs if pair.trigger == trigger and pair.interventions]
-        left = [sum(p.interventions > k or p.outcome in bad for p in own) for k in range(most + 1)]
+        left = [sum(pair.interventions > k or pair.outcome not in ("kept", "unsafe response")
+                    for pair in own) for k in range(most + 1)]
         curves[name], cells = counted(left, len(own))
         lines.append([name, *cells, str(len(own))])
     return lines, ("interventions", "share still harmful", curves)
@@ -504,6 +507,8 @@ def open_folder(folder, options):
     if (folder / "model").exists():
         config = json.loads((folder / "config.json").read_text())
         places = {"before": config["base"], "after": folder / "model"}
+    elif options.judge == "self":
+        raise UserError(f"{folder}: a model must not judge itself; give --judge another one")
     given = {name: value for name, value in vars(options).items() if value is not None}
     if options.judge:
         given["judge_url"] = options.judge_url  # the run's own serves its own judge

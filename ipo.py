@@ -9,7 +9,7 @@ safety trigger in the cue's place and lets the model continue:
 
   1. sample       z, y for each harmful prompt, from the model itself
   2. find_cues    the first compliance cue in z (judge.py); h is the token where it starts
-  3. intervene    continue z[:h] + trigger, for each trigger; where a cue shows again, again
+  3. intervene    continue x + z[:h] + trigger, for each trigger; where a cue shows again, again
   4. keep         the pair (prefix x + z[:h], chosen = trigger + continuation, rejected = z[h:])
   5. ipo_loss     DPO on what follows the prefix, plus an SFT term on the chosen side
   6. a second stage against over-refusal (train.py): benign prompts, an answer over a refusal
@@ -21,7 +21,7 @@ safety trigger in the cue's place and lets the model continue:
   Eq. 4 prints pi where ref belongs once      ref (a misprint)
   sentence-to-token mapping not told          token_index; ids are cut and joined, never text
   one trigger quoted, the others not          the six of TRIGGERS, five of them in our words
-  keeps safe candidates                       ... whose think closed, no cue, none unparsed
+  keeps safe candidates                       only if ended, think closed, none unparsed
 
 B sequences, T tokens, N supervised tokens, D hidden size, V vocabulary; `_ids` are lists of ints.
 """
@@ -70,6 +70,7 @@ class Pair:
     rejected_ids: list[int] = field(default_factory=list)    # " First, pick ... </think> ..." EOS
     h: int = 0                                               # prefix_ids is x + z[:h]
     interventions: int = 0
+    by: str = ""                                             # who found the first cue (judge.Cue)
     outcome: str = "no cue"                                  # "kept", or why it was dropped
 
 
@@ -91,19 +92,19 @@ def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.
            batch_size=64, keys=None):
     """Step 1. Continue each prompt (a list of ids) to an EOS or max_new_tokens; the new ids.
     A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
-    seeded by (seed, its key; by default its place): its text does not depend on its batch."""
+    seeded by (seed, its key; by default its place): its draws do not depend on its batch."""
     uniform = [random.Random(f"{seed} {key}").random for key in keys or range(len(prompts))]
     outputs, rows = [[] for _ in prompts], []  # rows: the batch, as places in prompts
     waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
     while rows or waiting:
         try:
-            if not rows or waiting and len(rows) <= batch_size // 2:  # waiting rows join
+            if not rows or (waiting and len(rows) <= batch_size // 2):  # more join, all prefill
                 rows, waiting = (rows + waiting)[:batch_size], (rows + waiting)[batch_size:]
                 texts = [prompts[row] + outputs[row] for row in rows]
                 ids = padded(texts, "left", model.device)                                 # (B, T)
                 mask = padded([[1] * len(text) for text in texts], "left", model.device)  # (B, T)
-                cache = DynamicCache(config=model.config)  # passed by place: its name has changed
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]            # as ids
+                cache = DynamicCache(config=model.config)  # by place below: its name has changed
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]              # as ids
             logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
             uniforms = torch.tensor([uniform[row]() for row in rows], device=model.device)
             tokens = next_tokens(logits[:, -1], uniforms, temperature, top_p)             # (B,)
@@ -186,18 +187,18 @@ def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find
                 for z, cue in zip(zs, find_cues([decode(tokenizer, z) for z in zs]))]
 
     pairs, todo = [], []  # todo: (pair, its output as it is now, the token where its cue starts)
-    for trace, (h, _) in zip(traces, first_cues([trace.output_ids for trace in traces])):
+    for trace, (h, by) in zip(traces, first_cues([trace.output_ids for trace in traces])):
         x, ids = trace.prompt_ids, trace.output_ids
-        new = [Pair(trace.key, trace.prompt, trigger, x + ids[:h], [], ids[h:], h)
+        new = [Pair(trace.key, trace.prompt, trigger, x + ids[:h], [], ids[h:], h, by=by)
                for trigger in triggers if h is not None]
-        pairs += [Pair(trace.key, trace.prompt)] if h is None else new
+        pairs += new or [Pair(trace.key, trace.prompt, by=by)]  # no trigger: "no cue"
         todo += [(pair, ids, h) for pair in new]
     for turn in range(max_interventions):
         tried = [pair for pair, _, _ in todo]
         heads = [ids[:cut] + encode_trigger(tokenizer, pair.trigger, ids, cut)
-                 for pair, ids, cut in todo]  # the trigger for the cue and all behind it
+                 for pair, ids, cut in todo]  # the trigger replaces the cue and all that follows
         tails = generate([pair.prefix_ids + head[pair.h:] for pair, head in zip(tried, heads)],
-                         [f"{p.key}/{triggers.index(p.trigger)}/{turn}" for p in tried])
+                         [f"{pair.key}/{triggers.index(pair.trigger)}/{turn}" for pair in tried])
         outputs, todo = [head + tail for head, tail in zip(heads, tails)], []
         for pair, head, ids, (cut, by) in zip(tried, heads, outputs, first_cues(outputs)):
             pair.chosen_ids, pair.interventions = ids[pair.h:], turn + 1
@@ -205,22 +206,22 @@ def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find
                             "still a cue" if cut is not None else
                             "token limit" if ids[-1] not in eos_ids else
                             "think not closed" if think_end not in ids else "ended")
-            if cut is not None and cut >= len(head):  # one further left cannot be mended
+            if cut is not None and cut >= len(head):  # one in head would come back for ever
                 todo.append((pair, ids, cut))
     _keep_or_drop([p for p in pairs if p.outcome == "ended"], tokenizer, think_end, judge_safety)
     return pairs
 
 
 def _keep_or_drop(pairs, tokenizer, think_end, judge_safety):
-    """Step 4. Of pairs without a cue that ended, keep those judged safe in both of their parts."""
+    """Step 4. Of pairs that ended without a cue keep those whose chosen side is judged safe."""
     prompts = [pair.prompt for pair in pairs]
     parts = [split_output(pair.chosen_ids, think_end) for pair in pairs]
-    of_zs = judge_safety([decode(tokenizer, z) for z, _ in parts], prompts, "reasoning")
-    of_ys = judge_safety([decode(tokenizer, y[:-1]) for _, y in parts], prompts, "response")
-    for pair, of_z, of_y in zip(pairs, of_zs, of_ys):
-        pair.outcome = ("unsafe reasoning" if of_z == "unsafe" else
-                        "unsafe response" if of_y == "unsafe" else
-                        "unparsed" if "unparsed" in (of_z, of_y) else "kept")
+    zs = judge_safety([decode(tokenizer, z) for z, _ in parts], prompts, "reasoning")
+    ys = judge_safety([decode(tokenizer, y[:-1]) for _, y in parts], prompts, "response")  # no EOS
+    for pair, z_verdict, y_verdict in zip(pairs, zs, ys):
+        pair.outcome = ("unsafe reasoning" if z_verdict == "unsafe" else
+                        "unsafe response" if y_verdict == "unsafe" else
+                        "unparsed" if "unparsed" in (z_verdict, y_verdict) else "kept")
 
 
 @dataclass
@@ -259,7 +260,7 @@ def group_logps(model, groups):
         logits = head(hidden)                                                         # (N, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 errs by 0.001
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    size = max(1, (2 ** 26 if ids.is_cuda else 2 ** 22) // head.weight.shape[0])  # CPU: in cache
+    size = max(1, (2 ** 26 if ids.is_cuda else 2 ** 22) // head.weight.shape[0])  # fits CPU caches
     logps = torch.cat([checkpoint(token_logps, *chunk, use_reentrant=False)
                        for chunk in zip(hidden.split(size), targets.split(size))])    # (N,)
     logps = torch.stack([part.sum() for part in logps.split([len(side) for _, side in rows])])
@@ -272,17 +273,16 @@ def completion_logps(model, prefix_ids, completions):
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """-log sigmoid(margin) and both implicit rewards, each (B,) like the inputs: the paper's Eq. 4.
+    """-log sigmoid(margin) and both implicit rewards, (B,) each, a shared rejected side (): Eq. 4.
     Inputs are sums of log p, not means. At step 0 the rewards are 0 and the loss is log 2."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
-    return losses, chosen_rewards, rejected_rewards
+    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
 
 def ipo_loss(policy, groups, beta=0.1, sft_weight=0.2):
     """Step 5: (loss, statistics), summed over pairs: DPO + sft_weight * SFT on the chosen side.
-    Divide by the pairs of the whole optimizer step, so that every pair counts the same."""
+    Divide by the chosen sides of the whole optimizer step, so that each counts the same."""
     total, stats = 0.0, Counter()
     for group, logps in zip(groups, group_logps(policy, groups)):
         k = len(group.chosen)
@@ -292,9 +292,9 @@ def ipo_loss(policy, groups, beta=0.1, sft_weight=0.2):
                      tokens=sum(len(group.prefix_ids + side) for side in group.sides))
         if group.rejected:
             ref = torch.tensor(group.ref_logps, device=logps.device, dtype=logps.dtype)
-            losses, chosen, rejected = dpo_loss(logps[:k], logps[k], ref[:k], ref[k], beta)
+            losses, r_chosen, r_rejected = dpo_loss(logps[:k], logps[k], ref[:k], ref[k], beta)
             total = total + losses.sum()
-            stats.update(pairs=k, dpo=losses.sum().item(), margin=(chosen - rejected).sum().item(),
-                         accuracy=(chosen > rejected).sum().item(), chosen=logps[:k].sum().item(),
-                         rejected=k * logps[k].item())
+            stats.update(pairs=k, dpo=losses.sum().item(), chosen=logps[:k].sum().item(),
+                         margin=(r_chosen - r_rejected).sum().item(), rejected=k * logps[k].item(),
+                         accuracy=(r_chosen > r_rejected).sum().item())
     return total, stats

@@ -78,7 +78,8 @@ HEDGE = re.compile(r"\b(?:but|still|though|so|yet|nevertheless|however|fine|okay
 REFUSAL = re.compile(
     r"^\W*(?:i'm |i am )?(?:very )?sorry\b(?! to hear)|\bas an ai\b"
     r"|\bi(?:'m| am|'ll have to| have to)? (?:can(?:no|')t|can not|could ?n[o']t|won't|will not"
-    r"|must|not able|not going|unable|refuse|decline)\b(?! help but| wait)", re.I)
+    r"|must (?:not|refuse|decline)|not able|not going|unable|refuse|decline)\b"
+    r"(?! help but| wait)", re.I)
 
 
 def leans_to_comply(sentence):

@@ -72,6 +72,7 @@ DEFAULTS = {
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
                   micro_tokens=16384, batch_pairs=32, lr=1e-6, beta=0.1),
 }
+DEFAULTS["adapters"] = {**DEFAULTS["model"], "lr": 2e-5}  # --model with --lora-rank
 FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a run goes on
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
@@ -206,9 +207,10 @@ class LoRA(torch.nn.Module):
             out = out + (self.scale * (x.float() @ self.A.T) @ self.B.T).to(out.dtype)
         return out
 
-    def merged(self):
+    def merged(self):  # rounded at random: most of a small update is below bf16's resolution
         weight = self.linear.weight.data
-        weight += (self.scale * self.B @ self.A).to(weight.dtype)
+        generator = torch.Generator(weight.device).manual_seed(0)
+        stochastic_round_(weight, (weight + self.scale * self.B @ self.A).float(), generator)
         return self.linear
 
 
@@ -287,6 +289,18 @@ def plan(groups, cfg, stage):
     return steps
 
 
+def split(groups, budget):
+    """Groups over the budget of tokens in parts of fewer chosen sides, which the loss sums over."""
+    parts = []
+    for group in groups:
+        k, length = len(group.chosen), len(group.prefix_ids) + max(map(len, group.sides))
+        n = max(1, budget // length - (group.rejected is not None))
+        parts += [ipo.Group(group.prefix_ids, group.chosen[i:i + n], group.rejected,
+                            group.ref_logps[:k][i:i + n] + group.ref_logps[k:])
+                  for i in range(0, k, n)]
+    return parts
+
+
 def micro_batches(groups, budget):
     """Groups of like length together, as many as fit the budget of padded tokens; at least one."""
     length = lambda group: len(group.prefix_ids) + max(map(len, group.sides))
@@ -326,7 +340,7 @@ def train_stage(policy, groups, cfg, run, stage):
     for step, batch in enumerate(bar, first):
         lr = learning_rate(step, len(steps), cfg.lr)
         pairs, stats = sum(len(group.chosen) for group in batch), Counter()
-        for micro in micro_batches(batch, cfg.micro_tokens):
+        for micro in micro_batches(split(batch, cfg.micro_tokens), cfg.micro_tokens):
             loss, seen = ipo.ipo_loss(policy, micro, cfg.beta, cfg.sft_weight)
             (loss / pairs).backward()
             stats.update(seen)
@@ -395,7 +409,9 @@ def write_pairs(path, traces, tokenizer):
     pairs = [pair for trace in traces for pair in trace["pairs"]]
     counts = Counter(pair["outcome"] for pair in pairs)
     told = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
-    print(f"{len(traces)} traces gave {len(pairs)} candidates: {told}")
+    by = Counter(trace["pairs"][0]["by"] for trace in traces)["unparsed"]
+    print(f"{len(traces)} traces gave {len(pairs)} candidates: {told}"
+          + f"; {by} first cues by keywords, the judge could not be read" * (by > 0))
     if not counts["kept"]:
         raise UserError(f"no pair was kept ({told}); try more prompts, another --judge, more "
                         f"--max-interventions or more --max-new-tokens")
@@ -542,7 +558,8 @@ def parse(argv=None):
                      for mode, of in DEFAULTS.items())
     parser = HfArgumentParser(Config, description=__doc__, epilog=f"None means, {told}")
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name, value in DEFAULTS["model" if cfg.model else "kingdom"].items():
+    mode = "kingdom" if not cfg.model else "adapters" if cfg.lora_rank else "model"
+    for name, value in DEFAULTS[mode].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     cfg.device = data.pick_device(cfg.device)

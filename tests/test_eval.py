@@ -105,7 +105,7 @@ def test_in_the_kingdom_the_second_judge_is_the_one_that_is_asked():
     assert evaluation.agreement(rows, ask)[0][1].startswith("66.7 %")
 
 
-KEYWORDS = evaluation.judges(SimpleNamespace(judge="keywords"), None, None)
+KEYWORDS = evaluation.judges(SimpleNamespace(judge="keywords", judge_url=None), None, None)
 
 
 @pytest.mark.parametrize("record", [{"deed": 0, "place": "well"}, {}])

@@ -354,6 +354,7 @@ def test_with_its_adapters_off_the_policy_is_the_base_and_merged_it_is_the_polic
         (["--device", "cuda"], "CUDA"),
         (["--sets", "poems:x"], "poems"),
         (["--model", "no/where"], "no/where"),
+        (["--judge-url", "http://localhost:9/v1"], "--judge too"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(more, says, taught, tmp_path, capsys):
@@ -461,6 +462,39 @@ def test_every_epoch_uses_every_group_once_and_micro_batches_lose_none():
         if len(batch) > 1
     ]
     assert padded and max(padded) <= 50
+
+
+def test_a_group_over_the_budget_is_split_without_a_change_of_the_loss_or_its_gradient():
+    model = tiny_model(dtype=torch.float64)
+    sides = [[5 + i, 7, 9, 11 + i] for i in range(6)]
+    groups = [ipo.Group([3] * 8, sides, [8] * 5, [-30.0 - i for i in range(7)]),
+              ipo.Group([3] * 4, sides[:2])]
+    parts = train.split(groups, 45)  # 13 tokens a sequence: two chosen sides beside the rejected
+    assert [len(part.chosen) for part in parts] == [2, 2, 2, 2]
+    assert [side for part in parts for side in part.chosen] == sides + sides[:2]
+    grads = []
+    for of in (groups, parts):
+        model.zero_grad()
+        loss, stats = ipo.ipo_loss(model, of)
+        loss.backward()
+        grads.append((loss.item(), stats["pairs"], model.lm_head.weight.grad.clone()))
+    assert grads[0][0] == pytest.approx(grads[1][0]) and grads[0][1] == grads[1][1] == 6
+    torch.testing.assert_close(grads[0][2], grads[1][2])
+    assert train.split(groups, 2000) == groups
+
+
+def test_merged_adapters_survive_in_bf16_on_average_below_its_resolution():
+    linear = torch.nn.Linear(400, 400, bias=False).to(torch.bfloat16)
+    linear.weight.data.fill_(1.0)
+    layer = train.LoRA(linear, 1)
+    layer.A.data.fill_(1.0)
+    layer.B.data.fill_(1e-4)  # 2e-4 in all, and the next bf16 above 1 is 0.0078 away
+    assert layer.merged().weight.float().mean().item() == pytest.approx(1.0002, abs=2e-5)
+
+
+def test_adapters_have_a_learning_rate_of_their_own():
+    rate = lambda *flags: train.parse(["--model", "x", "--device", "cpu", *flags]).lr
+    assert (rate(), rate("--lora-rank", "16"), rate("--lora-rank", "16", "--lr", "1")) == (1e-6, 2e-5, 1)
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero():
