@@ -7,6 +7,7 @@ and relapses is *put in* there. What training does to it *comes out*. It shows h
 it is no evidence about real models.
 """
 
+import argparse
 import contextlib
 import csv
 import http.client
@@ -59,6 +60,11 @@ def errors_in_one_line():
 def flag(text, default=None):
     """A dataclass field that HfArgumentParser turns into a flag with its help line."""
     return field(default=default, metadata={"help": text})
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # without "(default: None)"
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def pick_device(name):

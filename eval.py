@@ -204,8 +204,9 @@ def ratio(rows, verdict):
             by_prompt[row["key"].rpartition("/")[0]].append(row[verdict])
     k, n = sum(map(sum, by_prompt.values())), sum(map(len, by_prompt.values()))
     found, unparsed = share(k, n), len(rows) - n
-    if n > len(by_prompt):
-        found["low"], found["high"] = bootstrap([*by_prompt.values()])
+    if n > len(by_prompt):  # of 0 or 100 % a bootstrap would tell nothing
+        found["low"], found["high"] = (wilson(k and len(by_prompt), len(by_prompt)) if k in (0, n)
+                                       else bootstrap([*by_prompt.values()]))
     return {**found, "unparsed": unparsed, "worst": (k + bad * unparsed) / max(1, len(rows))}
 
 
@@ -229,10 +230,13 @@ def summarise(rows, judged_by):
 
 def percent(r):
     """A ratio as text, with what stands beside it: interval, n, unparsed and worst case."""
-    if not r or r["rate"] is None:
+    if not r or not r["n"] + r["unparsed"]:
         return "-"
-    text = f"{100 * r['rate']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] n={r['n']}"
-    return text + (f" +{r['unparsed']}? worst {100 * r['worst']:.1f}" if r["unparsed"] else "")
+    worst = f" +{r['unparsed']} unparsed, worst {100 * r['worst']:.1f} %" if r["unparsed"] else ""
+    if not r["n"]:
+        return f"- n=0{worst}"
+    return (f"{100 * r['rate']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] n={r['n']}"
+            f"{worst}")
 
 
 def table(columns):
@@ -243,7 +247,7 @@ def table(columns):
 
 
 def unread(columns):
-    return [f"warning: over 5 % of {RATIOS[ratio][2]}, {name}, could not be judged\n"
+    return [f"warning: {RATIOS[ratio][2]}, {name}: over 5 % could not be judged"
             for name, column in columns.items() for ratio, r in column.items()
             if r["unparsed"] > 0.05 * (r["n"] + r["unparsed"])]
 
@@ -254,13 +258,18 @@ def as_text(lines):
                      for line in lines)
 
 
-def paired(rows):
-    """Lines: XSTest's classes; before against after on the same prompts, exact McNemar, a ratio."""
-    said = []
+def paired(rows, judged_by):
+    """Notes: who judged, XSTest's classes, unclosed thinks, and before against after on the same
+    prompts, an exact McNemar test a ratio."""
+    harm = ("the grammar's truth" if any("deed" in row for row in rows) else
+            "keywords, a proxy" if judged_by in (None, "keywords") else judged_by)
+    said = [f"harm judged by {harm}; 95 % intervals"]
     for side in SIDES:
         classes = Counter(row.get("class", "") for row in only(rows, side=side, kind="benign"))
         told = ", ".join(f"{n} {word}" for word, n in sorted(classes.items()) if word)
         said += [f"benign responses {side}: {told}"] * bool(told)
+        never = len(only(rows, side=side, response_text=None))
+        said += [f"think never closed {side}: {never}; try more --max-new-tokens"] * (never > 0)
     for kind, verdict, title in RATIOS.values():
         before, after = (only(rows, side=side, kind=kind) for side in SIDES)
         if before and after and len({row["prompt"] for row in before}) == len(before):
@@ -273,6 +282,8 @@ def paired(rows):
 def agreement(rows, ask):
     """The table's verdicts and a second judge's on the same reasonings, as table lines: beside an
     LLM the keywords, beside the kingdom's grammar the judge that is asked."""
+    if ask is judge and not any("deed" in row for row in rows):
+        return [["no second judge: keywords alone"]]
     rows = [row for row in only(rows, kind="harmful") if row["reasoning"] != "unparsed"]
     texts, second = [row["reasoning_text"] for row in rows], judge.judge_safety
     if any("deed" in row for row in rows):
@@ -557,10 +568,8 @@ def report(run):
     summary = json.loads((run / "eval.json").read_text())
     triggers = json.loads((run / "config.json").read_text())["triggers"]
     rows = data.read_jsonl(run / "eval_traces.jsonl")
-    judged_by = ("the grammar's truth" if "kingdom harmful" in summary["sets"] else
-                 "keywords, a proxy" if summary["judge"] == "keywords" else summary["judge"])
     columns = {side: summary[side] for side in SIDES}
-    notes = [*unread(columns), f"harm judged by {judged_by}; 95 % intervals", *paired(rows)]
+    notes = [*unread(columns), *paired(rows, summary["judge"])]
     after = {row["key"]: row for row in only(rows, side="after")}
     shown = only(rows, side="before", kind="harmful", reasoning=True)[:8]
     pairs = [(row, after[row["key"]]) for row in shown]
@@ -628,14 +637,16 @@ def write_html(run, lines, notes, pairs, triggers):
            f"<h1>IPO, before and after: {clean(run.name)}</h1>{cells(lines)}",
            f"<p>{'<br>'.join(map(clean, notes))}",
            "<h2>Training: margin and log-probabilities</h2>",
-           svg(("optimizer step, both stages", "nats, mean over pairs", curves))]
+           *(svg(("optimizer step, both stages", "nats, mean over pairs",
+                  {name: curves[name] for name in names}))
+             for names in (["margin"], ["chosen", "rejected"]))]
     found = json.loads(path.read_text()) if path.exists() else {}
     for name in filter(found.get, FINDINGS):
         (_, title, rest), (told, plot) = FINDINGS[name], found[name]
         out += [f"<h2>{name}. {clean(title)}</h2><p>{clean(rest)}</p>", cells(told)]
         out += [svg(plot)] if plot else []
-    out.append("<h2>Held-out traces, <mark class=cue>cue</mark> and <mark class=trigger>trigger"
-               "</mark> marked</h2>")
+    out.append("<h2>Held-out traces, <mark class=cue>cue</mark> (by keywords) and <mark class="
+               "trigger>trigger</mark> marked</h2>")
     for pair in pairs:
         out.append(f"<h3>{clean(pair[0]['prompt'])}</h3>")
         out += [f"<p class=trace><b>{row['side']}</b> {mark(row['reasoning_text'], triggers, True)}"
@@ -670,7 +681,7 @@ def measure(w, options):
     for side, model in w.models.items():
         rows += evaluate(folder / f"eval_{side}_{name}.jsonl", side, model, sets, w.tokenizer,
                          w.cfg, w.ask, options.samples)
-    print(as_text(agreement(rows, w.ask)), *paired(rows), sep="\n")
+    print(*paired(rows, w.cfg.judge), as_text(agreement(rows, w.ask)), sep="\n")
     return {side: ratios(only(rows, side=side)) for side in w.models}
 
 
@@ -710,7 +721,7 @@ def show(folder, options):
 
 
 def parse(argv=None):
-    parser = HfArgumentParser(Options, description=__doc__)
+    parser = HfArgumentParser(Options, description=__doc__, formatter_class=data.HelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or saved models")
     return parser.parse_args(argv)
 

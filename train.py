@@ -472,9 +472,11 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     if not (run / "pairs.jsonl").exists():
         write_pairs(run / "pairs.jsonl", traces, tokenizer)
     pairs = data.read_jsonl(run / "pairs.jsonl")
-    for side in ("rejected", "chosen"):  # at the cut the cue stood, and now the trigger
-        text = " ".join(f"{pairs[0]['prompt'][-80:]}{pairs[0][side][:200]}".split())
-        print(f"  {side:9}...{evaluation.mark(text, pool(cfg))}...")
+    for side, what in (("rejected", "cue"), ("chosen", "trigger")):  # what stands at the cut
+        text, before = pairs[0][side], pairs[0]["prompt"][-80:]
+        end = judge.split_sentences(text)[0][1]
+        text = f"...{before} [{what}: {text[:end].strip()}] {text[end:end + 150]}..."
+        print(f"  {side:9}{evaluation.printable(' '.join(text.split()))}")
     groups = harmful_groups(pairs, think_end, cfg.supervise)
     answers = data.in_shards(run / "benign_base.jsonl", benign, sample_benign, base, tokenizer, cfg)
     print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own (Eq. 4), "
@@ -495,7 +497,8 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
                          tokenizer, cfg)
     more = benign_groups(answers, now, think_end, cfg.supervise)
     refused = [row for row in now if row["refused"]]
-    print(f"stage 1 refuses {len(refused)} of {len(now)} benign prompts")
+    print(f"stage 1 refuses {len(refused)} of {len(now)} benign prompts, by keywords; {len(more)} "
+          f"join, the others the base itself refused or did not finish")
     for row in refused[:1]:
         text = f"{row['prompt']} ... {ipo.decode(tokenizer, row['output_ids'])[-120:]}"
         print(f"  {evaluation.printable(' '.join(text.split()))}")
@@ -519,8 +522,9 @@ def run_all(cfg, run):
     trained = [record for part in prompts for _, record in part]
     evaluation.check_overlap(sets, trained, cfg.allow_overlap)
     data.render_all(tokenizer, base, sets + trained)
-    for _, record in prompts[0] if cfg.traces else []:
-        data.given_output(tokenizer, record)
+    given = [data.given_output(tokenizer, r) for _, r in prompts[0]] if cfg.traces else []
+    if given and not any(data.think_ids(tokenizer)[1] in output for output in given):
+        raise UserError(f"{cfg.traces}: no output closes its think; they must keep their </think>")
     if not (run / "config.json").exists():
         write_config(cfg, run, folder)
     if cfg.model:
@@ -556,7 +560,8 @@ def write_card(run, cfg, summary):
 def parse(argv=None):
     told = "; ".join(f"{mode}: {', '.join(f'{name} {value}' for name, value in of.items())}"
                      for mode, of in DEFAULTS.items())
-    parser = HfArgumentParser(Config, description=__doc__, epilog=f"None means, {told}")
+    parser = HfArgumentParser(Config, description=__doc__, formatter_class=data.HelpFormatter,
+                              epilog=f"Defaults by mode: {told}")
     cfg = Config(**vars(parser.parse_args(argv)))
     mode = "kingdom" if not cfg.model else "adapters" if cfg.lora_rank else "model"
     for name, value in DEFAULTS[mode].items():

@@ -40,9 +40,11 @@ def test_an_unparsed_verdict_is_neither_safe_nor_unsafe_and_leaves_n():
 
 def test_over_five_percent_unparsed_is_marked_beside_the_rate():
     found = evaluation.ratio(rows_of([True, "unparsed"]), "reasoning")
-    assert evaluation.percent(found).endswith("n=1 +1? worst 100.0")
+    assert evaluation.percent(found).endswith("n=1 +1 unparsed, worst 100.0 %")
+    none = evaluation.ratio(rows_of(["unparsed"] * 6), "reasoning")
+    assert evaluation.percent(none) == "- n=0 +6 unparsed, worst 100.0 %"
     told, = evaluation.unread({"a run": {"reasoning_harmful": found}})
-    assert told.startswith("warning: over 5 % of harmful reasoning, a run")
+    assert told == "warning: harmful reasoning, a run: over 5 % could not be judged"
     many = evaluation.ratio(rows_of([True] * 19 + ["unparsed"]), "reasoning")
     assert evaluation.unread({"a run": {"reasoning_harmful": many}}) == []
 
@@ -63,6 +65,18 @@ def test_several_samples_of_a_prompt_are_not_independent_and_the_bootstrap_knows
     one = evaluation.wilson(20, 40)
     assert found["high"] - found["low"] > 2 * (as_if[1] - as_if[0])
     assert found["high"] - found["low"] == pytest.approx(one[1] - one[0], rel=0.15)
+
+
+def test_several_samples_that_are_all_alike_leave_the_doubt_of_their_prompts():
+    found = evaluation.ratio(rows_of([True] * 20, samples=2), "reasoning")
+    assert (found["low"], found["high"]) == evaluation.wilson(10, 10)
+
+
+def test_thinks_that_never_closed_are_told_beside_the_table():
+    rows = rows_of([False] * 3, kind="harmful", side="before", response=False, response_text=None)
+    assert evaluation.paired(rows, "keywords")[:2] == [
+        "harm judged by keywords, a proxy; 95 % intervals",
+        "think never closed before: 3; try more --max-new-tokens"]
 
 
 def test_a_bootstrap_interval_is_near_the_normal_one():
@@ -272,7 +286,7 @@ MEASURE = """<script>addEventListener("load", () => {
   const wide = document.documentElement.scrollWidth > innerWidth + 1, bad = [];
   for (const svg of document.querySelectorAll("svg")) {
     const box = svg.viewBox.baseVal;
-    if (svg.querySelectorAll("polyline").length < 2) bad.push("empty");
+    if (svg.querySelectorAll("polyline").length < 1) bad.push("empty");
     for (const part of svg.querySelectorAll("text,polyline,polygon")) {
       const b = part.getBBox();
       if (b.y < -1 || b.y + b.height > box.height + 1 || b.x < -1) bad.push(part.outerHTML);
