@@ -71,8 +71,8 @@ DEFAULTS = {
     "model": dict(judge="self", prompts="star-1", benign="star-benign-915", max_new_tokens=4096,
                   sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
                   micro_tokens=16384, batch_pairs=32, lr=1e-6, beta=0.1),
+    "model with adapters": dict(lr=2e-5),  # goes before "model"
 }
-DEFAULTS["adapters"] = {**DEFAULTS["model"], "lr": 2e-5}  # --model with --lora-rank
 FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a run goes on
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
@@ -563,8 +563,8 @@ def parse(argv=None):
     parser = HfArgumentParser(Config, description=__doc__, formatter_class=data.HelpFormatter,
                               epilog=f"Defaults by mode: {told}")
     cfg = Config(**vars(parser.parse_args(argv)))
-    mode = "kingdom" if not cfg.model else "adapters" if cfg.lora_rank else "model"
-    for name, value in DEFAULTS[mode].items():
+    modes = ["model with adapters"] * (cfg.lora_rank > 0) + ["model"] if cfg.model else ["kingdom"]
+    for name, value in [item for mode in modes for item in DEFAULTS[mode].items()]:
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     cfg.device = data.pick_device(cfg.device)
