@@ -153,6 +153,9 @@ def base_texts(n, seed):
 def base_folder(cfg):
     """The base: --model, or the kingdom's own, made once beside the runs, named by what made it."""
     if cfg.model:
+        here = Path(cfg.model)
+        if len(here.parts) > 1 and here.parent.is_dir() and not here.exists():
+            raise UserError(f"{here}: no such folder, and beside others here it is no hub name")
         return cfg.model
     made_of = [base_texts(500, cfg.seed), BASE_TEXTS, BASE_BATCH, BASE_LR, cfg.seed, cfg.device]
     made_of += map(inspect.getsource, (build_base, data.kingdom_config, data.kingdom_tokenizer))

@@ -354,6 +354,7 @@ def test_with_its_adapters_off_the_policy_is_the_base_and_merged_it_is_the_polic
         (["--device", "cuda"], "CUDA"),
         (["--sets", "poems:x"], "poems"),
         (["--model", "no/where"], "no/where"),
+        (["--model", "tests/no-such-model"], "no such folder"),
         (["--judge-url", "http://localhost:9/v1"], "--judge too"),
     ],
 )
