@@ -602,9 +602,9 @@ def svg(plot):
     if not points:
         return "<p>nothing to plot</p>"
     xs, _, lows, highs = zip(*points)
-    x0, x1, y0, y1 = min(xs), max(xs), min(0, *lows), max(1e-9, *highs)
+    x0, x1, y0, y1 = min(xs), max(xs), min(0, *lows), max(0, *highs)
     left = lambda x: 60 + 560 * (x - x0) / ((x1 - x0) or 1)
-    top = lambda y: 260 - 230 * (y - y0) / (y1 - y0)
+    top = lambda y: 260 - 230 * (y - y0) / ((y1 - y0) or 1)
     path = lambda points: " ".join(f"{left(x):.1f},{top(y):.1f}" for x, y in points)
     text = lambda x, y, anchor, told: (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
                                        f'{html.escape(told)}</text>')
