@@ -239,8 +239,8 @@ def think_ids(tokenizer):
 def given_output(tokenizer, record):
     """The output ids of a rollout made elsewhere: "output_ids", or "output", z </think> y as text,
     to which an EOS is added. Raises UserError where neither is there."""
-    ids, text = record.get("output_ids"), record.get("output")
-    if ids and isinstance(ids, list) and {*ids} <= {*range(len(tokenizer))}:
+    ids, text, known = record.get("output_ids"), record.get("output"), range(len(tokenizer))
+    if ids and isinstance(ids, list) and all(i in known for i in ids):
         return ids
     if not isinstance(text, str):
         raise UserError(f"--traces: {record['prompt'][:40]!r} has neither \"output\", a text, nor "

@@ -393,11 +393,11 @@ def resume(run, stage, optimizer):
     return saved["step"]
 
 
-def make_pairs(shard, model, tokenizer, cfg, ask):
+def make_pairs(shard, model, tokenizer, cfg, ask, triggers):
     """Steps 1 to 4 for a shard of (key, record): each prompt's trace and its interventions."""
     traces = evaluation.rollouts(shard, model, tokenizer, cfg, given=cfg.traces)
     pairs = ipo.intervene(
-        traces, pool(cfg), tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
+        traces, triggers, tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
         think_end=data.think_ids(tokenizer)[1], find_cues=ask.find_cues,
         judge_safety=ask.judge_safety, max_interventions=cfg.max_interventions,
         generate=evaluation.sampler(model, tokenizer, cfg))
@@ -471,7 +471,8 @@ def align(cfg, run, tokenizer, models, ask, harmful, benign):
     base, think_end = models.base, data.think_ids(tokenizer)[1]
     print("[1-4] sampling the base on harmful prompts; where its reasoning first turns toward "
           "doing the harm, the cue, a safety trigger takes over and the base goes on (Fig. 5, 6)")
-    traces = data.in_shards(run / "traces.jsonl", harmful, make_pairs, base, tokenizer, cfg, ask)
+    traces = data.in_shards(run / "traces.jsonl", harmful, make_pairs, base, tokenizer, cfg, ask,
+                            pool(cfg))
     if not (run / "pairs.jsonl").exists():
         write_pairs(run / "pairs.jsonl", traces, tokenizer)
     pairs = data.read_jsonl(run / "pairs.jsonl")

@@ -27,6 +27,7 @@ import random
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,7 @@ def timed(path, make):
 
 def intervened(w):
     """(kept pairs, generations, CPU seconds): a trace a prompt, each trigger in its cue's place."""
-    make = partial(train.make_pairs, w.prompts, w.base, w.tokenizer, w.cfg, w.ask)
+    make = partial(train.make_pairs, w.prompts, w.base, w.tokenizer, w.cfg, w.ask, ipo.TRIGGERS)
     rows, seconds = timed(w.run / "intervened.jsonl", make)
     pairs = [pair for row in rows for pair in row["pairs"]]
     generations = len(rows) + sum(pair["interventions"] for pair in pairs)
@@ -124,7 +125,7 @@ def uncut(pair):
 def offline(method, w, policy, ledger):
     """A function a step that gives its losses: on pairs of the base, as many steps as IPO takes."""
     pairs, *_ = intervened(w)
-    plan = lambda groups, epochs: train.plan(groups, vars_with(w.cfg, epochs=epochs), 1)
+    plan = lambda groups, epochs: train.plan(groups, replace(w.cfg, epochs=epochs), 1)
     steps = len(plan(train.harmful_groups(pairs, w.think_end, "reasoning"), w.cfg.epochs))
     made = natural(w) if method == "dpo-natural" else intervened(w)
     pairs, ledger["generations"], ledger["seconds"] = made
@@ -167,10 +168,6 @@ def grpo(method, w, policy, ledger):
             ledger["groups alike"] += int(rewards.std() == 0)
         yield total
     return [partial(losses, start) for start in range(0, len(order), per_step)]
-
-
-def vars_with(cfg, **changes):
-    return SimpleNamespace(**{**vars(cfg), **changes})
 
 
 def rival(method, w):

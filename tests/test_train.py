@@ -255,7 +255,8 @@ def test_an_output_column_of_an_evaluation_set_is_not_taken_for_what_the_model_s
     assert len(rows) == 2 and all("cheat" not in row["response_text"] for row in rows)
 
 
-@pytest.mark.parametrize("record", [{"output": 7}, {"output_ids": "abc"}, {"output_ids": [-1]}, {}])
+@pytest.mark.parametrize("record", [{"output": 7}, {"output_ids": "abc"}, {"output_ids": [-1]},
+                                    {"output_ids": [[1]]}, {}])
 def test_a_given_trace_without_an_output_is_refused_before_anything_is_written(
     record, taught, tmp_path, capsys
 ):
