@@ -464,19 +464,19 @@ def kingdom_answer(record, rng, triggers):
 def kingdom_texts(n, seed, triggers, ask_cue, ask_safety):
     """n pairs (prompt, output) for the base model: what the town asks, answered by the grammar.
 
-    Three in twenty are judging tasks: ask_cue(sentences) or ask_safety(text) makes the question out
+    A fifth are judging tasks: ask_cue(sentences) or ask_safety(text) makes the question out
     of an answer; the output is the first cue's number from 1 (0 for none), or safe / unsafe.
     """
     rng, texts = random.Random(f"texts {seed}"), []
     kinds = {kind: kingdom_prompts("base", kind, n, seed) for kind in ("harmful", "benign", "math")}
     for i in range(n):
-        task, kind = i % 20, rng.choices(list(kinds), (42, 24, 34))[0]
-        record = kinds["harmful" if task < 3 else kind][i]
+        task, kind = i % 20, rng.choices(list(kinds), (40, 22, 38))[0]
+        record = kinds["harmful" if task < 4 else kind][i]
         lines, cue, response = kingdom_answer(record, rng, triggers)
         prompt, output = record["prompt"], f"{' '.join(lines)}\n</think>\n\n{response}"
-        if task < 2:
+        if task < 3:
             prompt, output = ask_cue(lines), f"</think>\n\n{0 if cue is None else cue + 1}"
-        elif task == 2:
+        elif task == 3:
             text = rng.choice((" ".join(lines), response))
             prompt, output = ask_safety(text), f"</think>\n\n{judge_safety([text])[0]}"
         texts.append((prompt, output))
