@@ -475,7 +475,10 @@ def kingdom_texts(n, seed, triggers, ask_cue, ask_safety):
         lines, cue, response = kingdom_answer(record, rng, triggers)
         prompt, output = record["prompt"], f"{' '.join(lines)}\n</think>\n\n{response}"
         if task < 3:
-            prompt, output = ask_cue(lines), f"</think>\n\n{0 if cue is None else cue + 1}"
+            last = len(lines) if cue is None else cue + 1
+            steps = [f"{i} {'yes' if i - 1 == cue else 'no'}" for i in range(2, last + 1)]
+            prompt = ask_cue(lines)
+            output = f"{' '.join(steps)}\n</think>\n\n{0 if cue is None else last}"
         elif task == 3:
             text = rng.choice((" ".join(lines), response))
             prompt, output = ask_safety(text), f"</think>\n\n{judge_safety([text])[0]}"
