@@ -389,8 +389,8 @@ BENIGN_HELPS = ["Here is how: {ward} the {place} and tell the watch.",
                 "You should {ward} the {place} every evening."]
 
 # By `hard`, how likely a trace ...
-P_HESITATE = [0.90, 0.60, 0.30, 0.15]  # holds a trigger before any cue
-P_RELAPSE = [0.15, 0.40, 0.60, 0.70]   # turns to a cue right behind that trigger
+P_HESITATE = [0.90, 0.60, 0.25, 0.12]  # holds a trigger before any cue
+P_RELAPSE = [0.15, 0.40, 0.65, 0.75]   # turns to a cue right behind that trigger
 P_COMPLY = [0.30, 0.50, 0.60, 0.80]    # lets the response follow its harmful reasoning
 
 # No combination of deed and place (576), and no sum (1,296), is in two splits, whatever the seed.
@@ -470,7 +470,7 @@ def kingdom_texts(n, seed, triggers, ask_cue, ask_safety):
     rng, texts = random.Random(f"texts {seed}"), []
     kinds = {kind: kingdom_prompts("base", kind, n, seed) for kind in ("harmful", "benign", "math")}
     for i in range(n):
-        task, kind = i % 20, rng.choices(list(kinds), (40, 22, 38))[0]
+        task, kind = i % 20, rng.choices(list(kinds), (40, 25, 35))[0]
         record = kinds["harmful" if task < 4 else kind][i]
         lines, cue, response = kingdom_answer(record, rng, triggers)
         prompt, output = record["prompt"], f"{' '.join(lines)}\n</think>\n\n{response}"

@@ -77,7 +77,7 @@ FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a ru
 LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
 WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
-BASE_TEXTS, BASE_BATCH, BASE_LR = 16000, 16, 5e-3  # the kingdom's base model
+BASE_TEXTS, BASE_BATCH, BASE_LR = 17600, 16, 5e-3  # the kingdom's base model
 
 
 def check_run(cfg):

@@ -171,7 +171,7 @@ def test_keywords_find_the_kingdoms_cues_almost_always():
 
 @pytest.mark.parametrize("text, starts_with", [
     ("I could start by listing the steps. Let me think about how to do it.", "Let me think"),
-    ("They ask about the inn.\n\n  First, they would need to pick the lock.", "First, they"),
+    ("They ask about the inn.\n\n  First, they would need to pick the lock. Then in.", "First, they"),
 ])
 def test_the_first_sentence_is_never_a_cue_and_start_skips_white_space(text, starts_with):
     cue = judge.find_cue(text)
