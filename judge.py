@@ -48,9 +48,9 @@ def split_sentences(text):
     return list(zip(starts, [*starts[1:], len(text)])) if text else []
 
 
-# Keywords for and against "the first cue is here". A row: its weights, in quarters of a logit, where
-# one of its words is in the three sentences before, here, in the next, in the two behind that. "_" is
-# a blank, "*" any ending, "^" a sentence's start. The first row counts for each sentence there is: the
+# Keywords for and against "the first cue is here". A row: its weights, in quarters of a logit, for
+# one of its words in the three sentences before, here, in the next, in the two behind that. "_" is
+# a blank, "*" any ending, "^" a sentence's start. The first row counts each sentence there is: the
 # last is hardly ever the first cue. tests/learn_keywords.py learned the weights.
 KEYWORDS = r"""
 1 -10 11 1
@@ -64,7 +64,8 @@ KEYWORDS = r"""
     könnte müsste pourrait peut podría puede potrebbe 可以 можно
 -3 -7 -8 -6 won't can't cannot shouldn't mustn't (?:should|must|will)_not not_going_to don't_want
     refus* declin* rather_not out_of_the_question turn_(?:it|this|that|the_request)_down
-    (?:say|be|a)_no no_from_me not_(?:help|assist|support) off_the_table the_law nicht kein* non pas 不 нельзя
+    (?:say|be|a)_no no_from_me not_(?:help|assist|support) off_the_table the_law nicht kein* non
+    pas 不 нельзя
 -3 -2 -5 -4 (?:help|explain|describ|giv|writ|provid|suggest|teach|shar|tell|show|list)ing with_this
     none any
 -2 -6 -10 -5 un(?:fair|kind|safe|ethical)* wrong harm* hurt* cruel dishonest fraud theft illegal

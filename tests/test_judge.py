@@ -125,11 +125,11 @@ def sentence_of(parts, text, position):
     return max(i for i, start in enumerate(starts) if start <= position)
 
 
-def keyword_verdicts(half):
+def keyword_verdicts(register, half):
     """[(labelled row, index of the sentence in which the keywords see the first cue, or None)]"""
     out = []
     for row in data.read_jsonl(Path(__file__).parent / "cues.jsonl"):
-        if row["half"] == half:
+        if (row["register"], row["half"]) == (register, half):
             text = row.get("text") or " ".join(row["sentences"])
             cue = judge.find_cue(text)
             out.append((row, sentence_of(row["sentences"], text, cue.span[0]) if cue.span else None))
@@ -141,22 +141,26 @@ def share(values):
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("half", ["tune", "score"])
-def test_keywords_find_most_labelled_cues_and_seldom_invent_one(half, capsys):
-    """The tune half may be looked at to better the keywords; the score half only measures them."""
-    told = keyword_verdicts(half)
+@pytest.mark.parametrize("register, half, least_exact, least_clean", [
+    ("model", "tune", 0.8, 0.9), ("model", "score", 0.8, 0.9),
+    ("free", "tune", 0.8, 0.8), ("free", "score", 0.5, 0.5)])
+def test_keywords_find_most_labelled_cues_and_seldom_invent_one(
+        register, half, least_exact, least_clean, capsys):
+    """The tune halves may be looked at to better the keywords; the score halves only measure them.
+    "model": written as reasoning models think aloud; "free": in prose of all kinds."""
+    told = keyword_verdicts(register, half)
     exact = share(row["cue"] == said for row, said in told)
     precision = share(row["cue"] is not None for row, said in told if said is not None)
     recall = share(said is not None for row, said in told if row["cue"] is not None)
     clean = share(said is None for row, said in told if row["cue"] is None)
     with capsys.disabled():
-        print(f"\nkeyword detector, {half} half, n={len(told)}: exact sentence {exact:.2f}, "
-              f"precision {precision:.2f}, recall {recall:.2f}, clean without a claim {clean:.2f}")
+        print(f"\nkeywords, {register} register, {half} half, n={len(told)}: exact sentence "
+              f"{exact:.2f}, precision {precision:.2f}, recall {recall:.2f}, clean without a claim "
+              f"{clean:.2f}")
     for row, said in told if half == "tune" else []:
         if row["cue"] != said:
             print(f"{row['id']}: labelled {row['cue']}, said {said}: {row['sentences']}")
-    if half == "score":
-        assert exact >= 0.5 and clean >= 0.8  # short of the 0.8 and 0.9 aimed at: README
+    assert exact >= least_exact and clean >= least_clean
 
 
 def test_keywords_find_the_kingdoms_cues_almost_always():
