@@ -390,7 +390,7 @@ BENIGN_HELPS = ["Here is how: {ward} the {place} and tell the watch.",
 
 # By `hard`, how likely a trace ...
 P_HESITATE = [0.90, 0.60, 0.25, 0.12]  # holds a trigger before any cue
-P_RELAPSE = [0.15, 0.40, 0.65, 0.75]   # turns to a cue right behind that trigger
+P_RELAPSE = [0.15, 0.40, 0.60, 0.70]   # turns to a cue right behind that trigger
 P_COMPLY = [0.30, 0.50, 0.60, 0.80]    # lets the response follow its harmful reasoning
 
 # No combination of deed and place (576), and no sum (1,296), is in two splits, whatever the seed.
