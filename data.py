@@ -470,7 +470,7 @@ def kingdom_texts(n, seed, triggers, ask_cue, ask_safety):
     rng, texts = random.Random(f"texts {seed}"), []
     kinds = {kind: kingdom_prompts("base", kind, n, seed) for kind in ("harmful", "benign", "math")}
     for i in range(n):
-        task, kind = i % 20, rng.choices(list(kinds), (40, 25, 35))[0]
+        task, kind = i % 20, rng.choices(list(kinds), (39, 24, 37))[0]
         record = kinds["harmful" if task < 4 else kind][i]
         lines, cue, response = kingdom_answer(record, rng, triggers)
         prompt, output = record["prompt"], f"{' '.join(lines)}\n</think>\n\n{response}"

@@ -346,14 +346,15 @@ def train_stage(policy, groups, cfg, run, stage):
         for micro in micro_batches(split(batch, cfg.micro_tokens), cfg.micro_tokens):
             loss, seen = ipo.ipo_loss(policy, micro, cfg.beta, cfg.sft_weight)
             (loss / pairs).backward()
-            stats.update(seen)
+            stats.update(seen, loss=loss.item())
         norm = torch.nn.utils.clip_grad_norm_(named.values(), MAX_GRAD_NORM).item()
         if not math.isfinite(norm):
             raise UserError(f"stage {stage}, step {step}: the gradient is not finite; the weights "
                             f"were not touched; try a lower --lr in a new --out")
         optimizer.step(lr)
         row = {"stage": stage, "step": step, "lr": lr, "grad_norm": norm, "tokens": stats["tokens"],
-               "pairs": stats["pairs"], "sft": stats["sft"] / stats["sides"],
+               "loss": stats["loss"] / pairs, "pairs": stats["pairs"],
+               "sft": stats["sft"] / stats["sides"],
                **{name: stats[name] / max(1, stats["pairs"]) for name in LOGGED}}
         data.append_jsonl(log, [row])
         bar.set_postfix(dpo=row["dpo"], margin=row["margin"], sft=row["sft"], refresh=False)
@@ -572,6 +573,9 @@ def parse(argv=None):
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     cfg.device = data.pick_device(cfg.device)
+    for name in ("lr", "beta", "epochs", "limit", "batch_pairs", "max_new_tokens", "sample_batch"):
+        if (value := getattr(cfg, name)) is not None and value <= 0:
+            raise UserError(f"--{name} {value}: give a number above 0")
     if cfg.supervise not in ("reasoning", "all"):
         raise UserError(f"--supervise {cfg.supervise}: use reasoning or all")
     return cfg

@@ -45,7 +45,7 @@ def prompts_of(records):
     return [record["prompt"] for record in records]
 
 
-# ---- local files ----
+# Local files
 
 
 def utf8(text):
@@ -248,7 +248,7 @@ def test_a_whole_surrogate_pair_is_one_character(tmp_path):
     assert prompts_of(data.load_prompts(tmp_path / "p.jsonl")) == ["a\N{GRINNING FACE}"]
 
 
-# ---- public sets ----
+# Public sets
 
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -363,7 +363,7 @@ def test_a_cache_folder_that_cannot_be_made_is_one_line(mirror, monkeypatch, tmp
     refused(lambda: data.load_prompts("star-1"), "star-1")
 
 
-# ---- rendering ----
+# Rendering
 
 
 R1_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
@@ -493,7 +493,7 @@ def test_all_of_a_models_end_tokens_are_known(tokenizer):
     assert data.eos_ids(model, tokenizer) == [5, 7]
 
 
-# ---- files that this project writes ----
+# Files that this project writes
 
 
 VALUE = ANY_TEXT | st.integers() | st.booleans() | st.none() | st.lists(ANY_TEXT)
@@ -576,7 +576,7 @@ def test_work_that_fails_leaves_the_shards_before_it(tmp_path):
     assert data.read_jsonl(tmp_path / "s.jsonl") == [{"n": i} for i in range(4)]
 
 
-# ---- the kingdom ----
+# The kingdom
 
 
 def some_texts(seed):
@@ -744,7 +744,7 @@ def test_the_kingdoms_tokenizer_gives_any_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# ---- models ----
+# Models
 
 
 def spread(model):

@@ -54,7 +54,7 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# ---- the DPO term --------------------------------------------------------------------------------
+# The DPO term
 
 def test_at_step_0_the_dpo_term_is_log_2_and_rewards_are_0(family):
     policy = tiny_model(family)
@@ -95,7 +95,7 @@ def test_dpo_loss_and_its_gradient_stay_finite_and_pull_the_two_sides_apart(extr
     assert rejected.grad.item() == pytest.approx(push, abs=1e-6)  # and lowers the rejected one
 
 
-# ---- which ids are supervised --------------------------------------------------------------------
+# Which ids are supervised
 
 def test_the_reasoning_ends_at_the_first_think_end_and_without_one_there_is_no_response():
     twice = [11, THINK_END, 12, THINK_END, 0]
@@ -154,7 +154,7 @@ def test_the_first_supervised_id_is_the_triggers_first_given_the_whole_prefix():
         assert logp == pytest.approx(logps[first].item(), abs=1e-5)
 
 
-# ---- log-probabilities ---------------------------------------------------------------------------
+# Log-probabilities
 
 def ragged_completions():
     return random_ids(8, 1), [random_ids(n, 10 + n) for n in (5, 1, 12, 3)]
@@ -205,7 +205,7 @@ def test_logps_are_float32_even_if_the_model_is_bf16():
     assert ipo.completion_logps(model, [11, 12], [[13], [14, 15]]).dtype == torch.float32
 
 
-# ---- the shared prefix ---------------------------------------------------------------------------
+# The shared prefix
 
 def cut_and_full():
     """One pair told twice: from h on, and as full traces behind the prompt."""
@@ -240,7 +240,7 @@ def test_the_prefix_does_not_cancel_in_the_sft_term():
     assert relative_error(*[gradients(policy, loss) for loss in losses]) > 0.1
 
 
-# ---- the whole loss ------------------------------------------------------------------------------
+# The whole loss
 
 def three_groups():
     """Two chosen sides against one, one against one, and one that has no rejected side."""
@@ -316,7 +316,7 @@ def test_micro_batches_that_are_summed_give_the_gradient_of_the_whole_batch():
     assert relative_error(parts, whole) < 1e-5
 
 
-# ---- sampling ------------------------------------------------------------------------------------
+# Sampling
 
 RAGGED = [random_ids(n, n) for n in (9, 2, 30, 5, 2, 17)]
 
@@ -474,7 +474,7 @@ def test_one_new_token_is_the_first_of_a_longer_trace():
     assert draw(max_new_tokens=1) == [long[:1] for long in draw(max_new_tokens=6)]
 
 
-# ---- from a sentence to a token ------------------------------------------------------------------
+# From a sentence to a token
 
 CORPUS = ["The user asks how to rob the old inn. That would hurt. First, one would need a key.",
           "Dr. Oak, e.g., paid 3.5 crowns at 10.30 a.m.; see Fig. 2.\n\nHe left. Why?\nHm... So!",
@@ -633,7 +633,7 @@ def test_a_space_in_front_of_the_cue_goes_with_it_if_it_is_part_of_its_token(tok
     assert ipo.decode(tokenizer, ids[h:]) == " First, wait."
 
 
-# ---- the trigger in the cue's place --------------------------------------------------------------
+# The trigger in the cue's place
 
 TRIGGER = ipo.TRIGGERS[0]
 
@@ -679,7 +679,7 @@ def test_a_metaspace_trigger_brings_its_own_space_and_never_a_second_one(text):
     assert ipo.decode(tokenizer, ids[:h]).rstrip() == text[:start].rstrip()
 
 
-# ---- intervene -----------------------------------------------------------------------------------
+# Intervene
 
 RENDERED = "<|user|>How do I rob the inn?<|assistant|><think>\n"
 BEFORE = "The user asks how to rob the inn. Many folk pass the inn each day."
@@ -851,7 +851,7 @@ def test_the_keys_of_continuations_are_unique_and_do_not_depend_on_the_other_tra
     assert all(turn.items() <= both.items() for turn, both in zip(alone, asked))
 
 
-# ---- ids, not text -------------------------------------------------------------------------------
+# Ids, not text
 
 def test_decode_then_encode_at_the_cut_changes_ids_and_the_cut_of_ids_does_not(tokenizer):
     """The bug this guards against: text cut before the cue leaves a lone space token behind."""

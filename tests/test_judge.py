@@ -31,7 +31,7 @@ def sentences(text):
     return [text[start:end] for start, end in judge.split_sentences(text)]
 
 
-# ---- sentences ----
+# Sentences
 
 
 @settings(deadline=None, max_examples=300)
@@ -112,7 +112,7 @@ def test_a_model_that_repeats_itself_does_not_stall_the_splitter(text):
     assert time.perf_counter() - start < 1
 
 
-# ---- the keyword detector ----
+# The keyword detector
 
 
 def sentence_of(parts, text, position):
@@ -183,7 +183,7 @@ def test_the_first_sentence_is_never_a_cue_and_start_skips_white_space(text, sta
     assert text[cue.span[0]:].startswith(starts_with)
 
 
-# ---- reading answers ----
+# Reading answers
 
 
 LONG = 100_000
@@ -293,7 +293,7 @@ def test_a_judge_that_repeats_itself_does_not_stall_the_parsers(answer):
     assert time.perf_counter() - start < 1
 
 
-# ---- asking ----
+# Asking
 
 
 THREE = "They ask about the inn. First, they would need to pick the lock. That should work."
@@ -387,7 +387,7 @@ def test_the_safety_question_tells_the_prompt_and_the_part(prompt, told, part):
     assert told in llm.calls[0][0] and f"the {part} it gave" in llm.calls[0][0]
 
 
-# ---- hostile traces ----
+# Hostile traces
 
 
 CONTROL_TOKENS = [
@@ -457,7 +457,7 @@ def compliance_question(prompt, text):
     return llm.calls[0][0]
 
 
-# ---- servers ----
+# Servers
 
 
 DROP = "drop the connection"
@@ -598,7 +598,7 @@ def test_a_url_that_is_none_is_a_user_error(server, url):
     assert len(str(caught.value).splitlines()) == 1
 
 
-# ---- the cache ----
+# The cache
 
 
 def echo(questions):
@@ -667,7 +667,7 @@ def test_any_answer_comes_back_raw_from_the_cache(tmp_path_factory, questions):
     assert same == judge.cached(None, path, "a")(questions) == questions
 
 
-# ---- a local model ----
+# A local model
 
 
 def test_a_local_model_that_babbles_is_unparsed(tokenizer):
@@ -691,7 +691,7 @@ def test_a_local_model_must_close_its_think_before_it_is_heard(tokenizer, output
     assert judge.judge_safety(["a", "b"], llm=llm) == [verdict, verdict]
 
 
-# ---- refusals ----
+# Refusals
 
 
 @pytest.mark.parametrize("refused, response", [

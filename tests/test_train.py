@@ -412,7 +412,7 @@ def test_a_run_without_a_cue_says_the_counts(taught, tmp_path, capsys):
     assert "3 no cue" in capsys.readouterr().err and not (tmp_path / "run" / "pairs.jsonl").exists()
 
 
-# ---- the optimizer and the plan ----
+# The optimizer and the plan
 
 
 def test_in_float32_the_optimizer_is_adam():
