@@ -38,6 +38,8 @@ RATIOS = {  # name: (the prompts it is over, the verdict that counts, what the t
 }
 KIND_OF = {"jailbreakbench": "harmful", "strongreject": "harmful", "wildjailbreak": "harmful",
            "xstest": "benign", "math-500": "math", "gsm8k": "math"}
+REAL = dict(sets="harmful:jailbreakbench,benign:xstest,math:math-500", max_new_tokens=4096,
+            sample_batch=64)  # the settings of a real model's evaluation
 SIDES, KINGDOM_SIZES = ("before", "after"), {"harmful": 200, "benign": 200, "math": 400}
 
 
@@ -523,10 +525,8 @@ def open_folder(folder, options):
     given = {name: value for name, value in vars(options).items() if value is not None}
     if options.judge:
         given["judge_url"] = options.judge_url  # the run's own serves its own judge
-    cfg = SimpleNamespace(**{
-        "sets": "harmful:jailbreakbench,benign:xstest,math:math-500", "judge": None, "seed": 0,
-        "judge_url": None, "max_new_tokens": 4096, "sample_batch": 64, **config["settings"],
-        **given, "out": str(folder)})
+    cfg = SimpleNamespace(**{"judge": None, "judge_url": None, "seed": 0, **REAL,
+                             **config["settings"], **given, "out": str(folder)})
     loaded = {side: data.load_model(place, cfg.device) for side, place in places.items()}
     tokenizer, base = next(iter(loaded.values()))
     ask = judges(cfg, tokenizer, sampler(base, tokenizer, cfg, temperature=0))
@@ -665,8 +665,8 @@ class Options:
     samples: int = flag("samples a prompt; of several, intervals are bootstrapped over prompts", 1)
     allow_overlap: bool = flag("evaluate on prompts that training has seen", False)
     seed: int | None = flag("seeds the sampling (default: the run's, else 0)")
-    max_new_tokens: int | None = flag("the token limit of a trace (the run's, else 4096)")
-    sample_batch: int | None = flag("rows sampled together (the run's, else 64)")
+    max_new_tokens: int | None = flag(f"the token limit of a trace (the run's, else {REAL['max_new_tokens']})")
+    sample_batch: int | None = flag(f"rows sampled together (the run's, else {REAL['sample_batch']})")
     device: str | None = flag("cpu or cuda (default: cuda where there is one)")
 
 

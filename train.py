@@ -68,8 +68,7 @@ class Config:
 DEFAULTS = {
     "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200, sample_batch=256, lr=2e-4,
                     micro_tokens=1536, batch_pairs=16, beta=0.5),  # short traces: a nat is dearer
-    "model": dict(judge="self", prompts="star-1", benign="star-benign-915", max_new_tokens=4096,
-                  sets="harmful:jailbreakbench,benign:xstest,math:math-500", sample_batch=64,
+    "model": dict(judge="self", prompts="star-1", benign="star-benign-915", **evaluation.REAL,
                   micro_tokens=16384, batch_pairs=32, lr=1e-6, beta=0.1),
     "model with adapters": dict(lr=2e-5),  # goes before "model"
 }
@@ -575,7 +574,7 @@ def parse(argv=None):
     cfg.device = data.pick_device(cfg.device)
     for name in ("lr", "beta", "epochs", "limit", "batch_pairs", "max_new_tokens", "sample_batch"):
         if (value := getattr(cfg, name)) is not None and value <= 0:
-            raise UserError(f"--{name} {value}: give a number above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     if cfg.supervise not in ("reasoning", "all"):
         raise UserError(f"--supervise {cfg.supervise}: use reasoning or all")
     return cfg

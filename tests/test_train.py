@@ -110,6 +110,8 @@ def test_the_whole_path_runs_on_every_family(family, taught, tmp_path, capsys):
     check_pairs(out, AutoTokenizer.from_pretrained(base))
     steps = data.read_jsonl(out / "log.jsonl")
     assert abs(steps[0]["dpo"] - 0.6931) < 1e-3 and abs(steps[0]["margin"]) < 1e-3
+    assert all(abs(row["loss"] - row["dpo"] - 0.2 * row["sft"]) < 1e-4 for row in steps
+               if row["stage"] == 1), "what is minimised, beside its parts"
     assert {row["stage"] for row in steps} == {1, 2}
     check_saved_model(out, base)
     train.main(flags(base, out))
@@ -351,6 +353,8 @@ def test_with_its_adapters_off_the_policy_is_the_base_and_merged_it_is_the_polic
     "more, says",
     [
         (["--supervise", "both"], "--supervise"),
+        (["--lr", "-1"], "--lr -1"),
+        (["--sample-batch", "0"], "--sample-batch 0"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--device", "cuda"], "CUDA"),
         (["--sets", "poems:x"], "poems"),
