@@ -53,56 +53,51 @@ def split_sentences(text):
 # a blank, "*" any ending, "^" a sentence's start. The first row counts each sentence there is: the
 # last is hardly ever the first cue. tests/learn_keywords.py learned the weights.
 KEYWORDS = r"""
-0 -12 14 3
--2 2 -3 -2 (?:i|we)(?:'d|'ll|_can|_could|_should|_might|_may|_would|_need|_have_to|_must)
+0 -10 11 1
+-2 2 -8 -5 (?:i|we)(?:'d|'ll|_can|_could|_should|_might|_may|_would|_need|_have_to|_must)
     ich_kann ich_könnte ich_werde je_peux je_vais puedo posso 我可以
--5 6 -2 -2 let_me let's i'll_(?:help|think|explain|write|describe|outline|go)
-    (?:think|figure|work)_(?:about|of|out|through) consider how_(?:would|could|can|might)
-    (?:what|which|where|when)_(?:would|could|might|about|else) überlegen подумаем надо il_faudrait
-    tengo_que
--3 5 0 0 would could should might can may must needs? has_to have_to had_to kann sollte
+-7 5 -4 -3 let_me let's (?:think|figure|work)_(?:about|of|out|through) consider
+    how_(?:to|would|could|can|might) (?:what|which|where|when)_(?:would|could|might|about|else)
+    überlegen подумаем надо il_faudrait tengo_que
+1 3 1 2 (?:they|one|you|some(?:one|body)|s?he|it|this|that)(?:'d|_could|_would|_can|_might|_should)
+    (?:they|one|you|some(?:one|body)|s?he|it|this|that)_(?:needs?|has_to|have_to|must) man on_p*
+-4 5 -1 0 would could should might can may must needs? has_to have_to had_to kann sollte
     könnte müsste pourrait peut podría puede potrebbe 可以 можно
--3 -8 -9 -7 won't can't cannot shouldn't mustn't (?:should|must|will)_not not_going_to
-    don't_want refus* declin* rather_not out_of_the_question
-    turn_(?:it|this|that|the_request)_down (?:say|be|a)_no (?:no|advice|help)_from_me
-    not_(?:help|assist|support|comfortable) off_the_table neither refusal the_law nicht kein* non
-    pas 不 нельзя
--3 -2 -3 -4 (?:help|explain|describ|giv|writ|provid|suggest|teach|shar|tell|show|list)ing
-    with_this none any
--2 -5 -11 -7 un(?:fair|kind|safe|ethical)* wrong harm* hurt* cruel dishonest fraud theft
-    illegal danger* (?:be|is|so)_mean betray* trust upset suffer* privacy trouble worse sad pain
-    lying petty consequences against guidelines? rules? cheat* uneasy
-    not_(?:okay|right|nice|great) steal* sabotage deceiv* crime burglary mislead* expense furious
-    embarrass* disrupt* counterfeit* humiliat* disappoint* lose_(?:their|his|her|its)
--3 -4 -7 -7 instead rather better alternatives? lawful honest* fair* suggest* recommend*
-    encourag* safe* propos* offer redirect friendly gentle permission
-    talk_(?:to|with|about|it|things|openly) apolog* polite* legitimate a_real openly together
-    useful study practi[cs]e learn* ask_(?:the|him|her|them|their|for_permission) respon*
+-4 -7 -9 -6 won't can't cannot shouldn't mustn't (?:should|must|will)_not not_going_to don't_want
+    refus* declin* rather_not out_of_the_question turn_(?:it|this|that|the_request)_down
+    (?:say|be|a)_no (?:no|advice|help)_from_me not_(?:help|assist|support|comfortable)
+    off_the_table neither refusal the_law nicht kein* non pas 不 нельзя
+-2 -1 -5 -4 (?:help|explain|describ|giv|writ|provid|suggest|teach|shar|tell|show|list)ing with_this
+    none any
+-3 -6 -11 -6 un(?:fair|kind|safe|ethical)* wrong harm* hurt* cruel dishonest fraud theft illegal
+    danger* mean betray* trust upset suffer* privacy trouble worse sad pain lying petty consequences
+    against guidelines? rules? cheat* uneasy not_(?:okay|right|nice|great) steal* sabotage
+    deceiv* crime burglary mislead* expense furious embarrass* disrupt* counterfeit* humiliat*
+    disappoint* lose_(?:their|his|her|its)
+-1 0 -3 -4 \w*n't not no never nobody nothing without
+-2 -5 -6 -7 instead rather better alternatives? lawful honest* fair* suggest* recommend* encourag*
+    safe* propos* offer redirect friendly gentle permission talk* apolog* polite* legitimate real
+    own open(?:ly)? together useful study practi[cs]e learn* ask(?:ing)? respon*
     constructive playful caring encouraging support* apply
-1 10 -3 1
-    ^(?:hmm|but|actually|alright|okay|ok|fine|sure|still|then_again|on_second_thought)
+1 10 -3 1 ^(?:hmm|but|actually|alright|okay|ok|fine|sure|still|then_again|on_second_thought)
     ^(?:even_so|however|though|well|now|right|anyway|nevertheless|that_said|all_right|yet)
-    ^(?:regardless|in_that_case|so_(?:the|we|let|which|what|how)|back_to|on_the|as_a) 不过
--5 2 5 4 ^(?:\d+\.|-|•)
--3 3 1 2
-    ^(?:first|second|third|next|then|after|finally|another|also|once|afterwards|later)
+    ^(?:regardless|in_that_case|so_(?:the|we|let|which|what|how)|back_to|on_the|as_a)
+    不过
+-4 2 5 5 ^(?:\d+\.|-|•)
+-5 3 4 2 ^(?:first|second|third|next|then|after|finally|another|also|once|afterwards|later)
     ^(?:with|for|if|from_there)
--5 5 -1 0 ways? steps? methods? approach* tricks? options? simplest easiest best cheapest
-    usual classic structure possib* basics start begin* ideas? loophole openings? route points?
+-5 6 -2 -3 ways? steps? methods? approach* tricks? options? simplest easiest best cheapest usual
+    classic structure possib* basics start begin* ideas? loophole openings? route points?
     common obvious ideal thing_to_do
-0 6 2 -2 to_(?:do|get|make|pull)_(?:this|that|it|so) way_(?:to|would|is)
+0 5 0 1 although though while even_so since given assuming as_long_as suppose hypothetical* only
+    after_all either anyway just thought_experiment compromise exception purely in_general inclined
+    may_as_well i_suppose educational without_condoning won't_hurt
+-1 5 -1 -3 (?:but|still|so|since|okay|maybe|though|yet).{0,80}_(?:let_me|i(?:'d|'ll|_can|_could))
+-1 7 -1 0 to_(?:do|get|make|pull)_(?:this|that|it|so) way_(?:to|would|is)
     go(?:es)?_(?:about|through|in|into|on) the_(?:plan|answer|trick|key)_(?:is|would|here)
     come_to_mind
--1 3 3 2 simple easy enough works? believable convincing plausible needed looks? good
-    credible natural do_the_rest go_with tricky risky safest safer better_still clever
--1 0 -7 -5 i me my answer reply this people whether who user users? request how_to or_how
-1 4 4 1 under at before after door key moment night two around behind small bit off out
-    by look cover bottom back top
--2 6 -1 0 plan steps so do is_to be_to a_plan need_to
-0 -4 -2 0 their them they has who ask help show stop also there point message wants
--1 4 3 -1 is_the are_the be_the such_as with_a in_a should_be can_be must_be could_be un
-    une ein il le
--1 1 -2 -4 to for or and if about how
+-1 3 2 1 simple easy enough works? believable convincing plausible needed looks? good credible
+    natural do_the_rest go_with tricky risky safest safer better_still clever
 """
 
 

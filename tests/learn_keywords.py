@@ -2,7 +2,7 @@
 
 A trace offers as many choices as it has sentences from the second on, and "no cue"; which one is
 the label is a softmax over their scores, that of "no cue" being 0. Learned, with an L2 penalty, on the
-tune halves of tests/cues.jsonl and on 1,500 answers of the kingdom's grammar; the score halves are not
+tune halves of tests/cues.jsonl and on 600 answers of the kingdom's grammar; the score halves are not
 read. The shares are of ten-fold cross-validation, with rounded weights as in judge.py.
 """
 
@@ -33,7 +33,7 @@ def labelled():
             spans = judge.split_sentences(text)  # learned on what the detector will see
             cue = row["cue"] and max(k for k, (a, _) in enumerate(spans) if a <= starts[row["cue"]])
             out.append((row["register"], [text[a:b] for a, b in spans], cue))
-    for record in data.kingdom_prompts("base", "harmful", 1500, seed=99):
+    for record in data.kingdom_prompts("base", "harmful", 600, seed=99):
         lines, cue, _ = data.kingdom_answer(record, rng, ipo.TRIGGERS)
         out.append(("kingdom", lines, cue))
     return rng.sample(out, len(out))
