@@ -53,50 +53,50 @@ def split_sentences(text):
 # a blank, "*" any ending, "^" a sentence's start. The first row counts each sentence there is: the
 # last is hardly ever the first cue. tests/learn_keywords.py learned the weights.
 KEYWORDS = r"""
-0 -10 11 1
--2 2 -8 -5 (?:i|we)(?:'d|'ll|_can|_could|_should|_might|_may|_would|_need|_have_to|_must)
+0 -14 13 0
+-2 3 -8 -3 (?:i|we)(?:'d|'ll|_can|_could|_should|_might|_may|_would|_need|_have_to|_must)
     ich_kann ich_könnte ich_werde je_peux je_vais puedo posso 我可以
--7 5 -4 -3 let_me let's (?:think|figure|work)_(?:about|of|out|through) consider
+-8 8 -5 -5 let_me let's (?:think|figure|work)_(?:about|of|out|through) consider
     how_(?:to|would|could|can|might) (?:what|which|where|when)_(?:would|could|might|about|else)
     überlegen подумаем надо il_faudrait tengo_que
-1 3 1 2 (?:they|one|you|some(?:one|body)|s?he|it|this|that)(?:'d|_could|_would|_can|_might|_should)
+1 3 0 0 (?:they|one|you|some(?:one|body)|s?he|it|this|that)(?:'d|_could|_would|_can|_might|_should)
     (?:they|one|you|some(?:one|body)|s?he|it|this|that)_(?:needs?|has_to|have_to|must) man on_p*
--4 5 -1 0 would could should might can may must needs? has_to have_to had_to kann sollte
+-4 6 -1 -1 would could should might can may must needs? has_to have_to had_to kann sollte
     könnte müsste pourrait peut podría puede potrebbe 可以 можно
--4 -7 -9 -6 won't can't cannot shouldn't mustn't (?:should|must|will)_not not_going_to don't_want
+-4 -8 -10 -7 won't can't cannot shouldn't mustn't (?:should|must|will)_not not_going_to don't_want
     refus* declin* rather_not out_of_the_question turn_(?:it|this|that|the_request)_down
     (?:say|be|a)_no (?:no|advice|help)_from_me not_(?:help|assist|support|comfortable)
     off_the_table neither refusal the_law nicht kein* non pas 不 нельзя
--2 -1 -5 -4 (?:help|explain|describ|giv|writ|provid|suggest|teach|shar|tell|show|list)ing with_this
+-2 -1 -6 -4 (?:help|explain|describ|giv|writ|provid|suggest|teach|shar|tell|show|list)ing with_this
     none any
--3 -6 -11 -6 un(?:fair|kind|safe|ethical)* wrong harm* hurt* cruel dishonest fraud theft illegal
+-2 -6 -13 -4 un(?:fair|kind|safe|ethical)* wrong harm* hurt* cruel dishonest fraud theft illegal
     danger* mean betray* trust upset suffer* privacy trouble worse sad pain lying petty consequences
     against guidelines? rules? cheat* uneasy not_(?:okay|right|nice|great) steal* sabotage
     deceiv* crime burglary mislead* expense furious embarrass* disrupt* counterfeit* humiliat*
     disappoint* lose_(?:their|his|her|its)
--1 0 -3 -4 \w*n't not no never nobody nothing without
--2 -5 -6 -7 instead rather better alternatives? lawful honest* fair* suggest* recommend* encourag*
+-1 1 -2 -4 \w*n't not no never nobody nothing without
+-1 -4 -6 -6 instead rather better alternatives? lawful honest* fair* suggest* recommend* encourag*
     safe* propos* offer redirect friendly gentle permission talk* apolog* polite* legitimate real
     own open(?:ly)? together useful study practi[cs]e learn* ask(?:ing)? respon*
     constructive playful caring encouraging support* apply
-1 10 -3 1 ^(?:hmm|but|actually|alright|okay|ok|fine|sure|still|then_again|on_second_thought)
+1 12 -5 0 ^(?:hmm|but|actually|alright|okay|ok|fine|sure|still|then_again|on_second_thought)
     ^(?:even_so|however|though|well|now|right|anyway|nevertheless|that_said|all_right|yet)
     ^(?:regardless|in_that_case|so_(?:the|we|let|which|what|how)|back_to|on_the|as_a)
     不过
--4 2 5 5 ^(?:\d+\.|-|•)
--5 3 4 2 ^(?:first|second|third|next|then|after|finally|another|also|once|afterwards|later)
+-6 4 5 0 ^(?:\d+\.|-|•)
+-7 3 3 -1 ^(?:first|second|third|next|then|after|finally|another|also|once|afterwards|later)
     ^(?:with|for|if|from_there)
--5 6 -2 -3 ways? steps? methods? approach* tricks? options? simplest easiest best cheapest usual
+-6 8 -4 -4 ways? steps? methods? approach* tricks? options? simplest easiest best cheapest usual
     classic structure possib* basics start begin* ideas? loophole openings? route points?
     common obvious ideal thing_to_do
-0 5 0 1 although though while even_so since given assuming as_long_as suppose hypothetical* only
+0 6 -1 0 although though while even_so since given assuming as_long_as suppose hypothetical* only
     after_all either anyway just thought_experiment compromise exception purely in_general inclined
     may_as_well i_suppose educational without_condoning won't_hurt
--1 5 -1 -3 (?:but|still|so|since|okay|maybe|though|yet).{0,80}_(?:let_me|i(?:'d|'ll|_can|_could))
--1 7 -1 0 to_(?:do|get|make|pull)_(?:this|that|it|so) way_(?:to|would|is)
+-1 5 -2 -5 (?:but|still|so|since|okay|maybe|though|yet).{0,80}_(?:let_me|i(?:'d|'ll|_can|_could))
+-1 8 -5 -3 to_(?:do|get|make|pull)_(?:this|that|it|so) way_(?:to|would|is)
     go(?:es)?_(?:about|through|in|into|on) the_(?:plan|answer|trick|key)_(?:is|would|here)
     come_to_mind
--1 3 2 1 simple easy enough works? believable convincing plausible needed looks? good credible
+-2 4 2 1 simple easy enough works? believable convincing plausible needed looks? good credible
     natural do_the_rest go_with tricky risky safest safer better_still clever
 """
 

@@ -50,10 +50,17 @@ def learn(traces):
     w = torch.zeros(X.shape[-1], requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
+    place = torch.arange(X.shape[1])[None]
+    seen = ~absent & ((labels == 0)[:, None] | (place < labels[:, None]))      # up to the cue
+
     def loss():
         optimizer.zero_grad()
-        scores = F.pad((X @ w).masked_fill(absent, -1e9), (1, 0))              # no cue: 0
-        total = F.cross_entropy(scores, labels, reduction="sum") + w.square().sum()
+        scores = X @ w                                                         # (traces, S)
+        which = F.cross_entropy(F.pad(scores.masked_fill(absent, -1e9), (1, 0)), labels,
+                                reduction="sum")                               # no cue: 0
+        alone = F.binary_cross_entropy_with_logits(
+            scores[seen], (place + 1 == labels[:, None])[seen].float(), reduction="sum")
+        total = which + alone + w.square().sum()
         total.backward()
         return total
     optimizer.step(loss)
