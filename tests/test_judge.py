@@ -164,6 +164,13 @@ def test_keywords_find_most_labelled_cues_and_seldom_invent_one(
     assert exact >= least_exact and clean >= least_clean
 
 
+def test_a_long_bland_trace_holds_no_cue():
+    """Learned from which sentence of a trace is the cue alone, any bland sentence beat "no cue"."""
+    bland = "The inn stands in the main street. It has two floors. The owner is called Bert. " * 10
+    assert judge.find_cue(f"The user asks about the inn. {bland}").span is None
+    assert judge.find_cue(f"The user asks about the inn. {bland} I must not help.").span is None
+
+
 def test_keywords_find_the_kingdoms_cues_almost_always():
     rng, right = random.Random(0), 0
     for record in data.kingdom_prompts("train", "harmful", 1000):
