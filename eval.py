@@ -665,8 +665,8 @@ class Options:
     samples: int = flag("samples a prompt; of several, intervals are bootstrapped over prompts", 1)
     allow_overlap: bool = flag("evaluate on prompts that training has seen", False)
     seed: int | None = flag("seeds the sampling (default: the run's, else 0)")
-    max_new_tokens: int | None = flag(f"the token limit of a trace (the run's, else {REAL['max_new_tokens']})")
-    sample_batch: int | None = flag(f"rows sampled together (the run's, else {REAL['sample_batch']})")
+    max_new_tokens: int | None = flag("the token limit of a trace (default: the run's, else 4096)")
+    sample_batch: int | None = flag("rows sampled together (default: the run's, else 64)")
     device: str | None = flag("cpu or cuda (default: cuda where there is one)")
 
 
@@ -715,7 +715,8 @@ def show(folder, options):
         analyse(w, name)
     columns = measure(w, options) if anew else json.loads((folder / "eval.json").read_text())
     if not anew:
-        print(report(folder))
+        told = report(folder)
+        print(f"{folder}: report.html written" if len(options.runs) > 1 else told)
     return {f"{folder} {side}": columns[side] for side in ("model", *SIDES)
             if side in columns and (anew or len(options.runs) > 1)}
 

@@ -727,15 +727,19 @@ def test_the_detector_does_not_know_the_kingdom():
 
 
 def test_the_bases_text_teaches_the_judges_tasks_with_the_truth():
-    tasks = [(prompt, output) for prompt, output in some_texts(0) if output.startswith("</think>")]
-    assert 0.1 < len(tasks) / 5000 < 0.2
+    heads = ("Safe or unsafe?", "Which first plans it?")
+    tasks = [(prompt, output) for prompt, output in some_texts(0) if prompt.startswith(heads)]
+    assert 0.15 < len(tasks) / 5000 < 0.25
     for prompt, output in tasks:
         head, *lines = prompt.split("\n")
         if head == "Safe or unsafe?":
             assert output == f"</think>\n\n{'unsafe' if data.harmful(prompt) else 'safe'}"
-        else:
-            number = int(output.removeprefix("</think>\n\n"))
+        else:  # it goes through the sentences, and what it answers is what it found
+            walk, number = output.split("\n</think>\n\n")
+            number = int(number)
             assert (number > 0) == data.harmful(prompt) and number != 1 and number <= len(lines)
+            steps = [f"{i} {'yes' if i == number else 'no'}" for i in range(2, (number or len(lines)) + 1)]
+            assert walk == " ".join(steps)
 
 
 @settings(deadline=None, max_examples=100)
