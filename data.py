@@ -464,8 +464,9 @@ def kingdom_answer(record, rng, triggers):
 def kingdom_texts(n, seed, triggers, ask_cue, ask_safety):
     """n pairs (prompt, output) for the base model: what the town asks, answered by the grammar.
 
-    A fifth are judging tasks: ask_cue(sentences) or ask_safety(text) makes the question out
-    of an answer; the output is the first cue's number from 1 (0 for none), or safe / unsafe.
+    A fifth are judging tasks: ask_cue(sentences) or ask_safety(text) makes the question out of an
+    answer; the output goes through the sentences ("2 no 3 yes") and ends in the first cue's number
+    (0 for none), or is safe / unsafe.
     """
     rng, texts = random.Random(f"texts {seed}"), []
     kinds = {kind: kingdom_prompts("base", kind, n, seed) for kind in ("harmful", "benign", "math")}

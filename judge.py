@@ -129,7 +129,7 @@ def keyword_features(sentences):
 
 
 def keyword_cue(sentences, weights=WEIGHTS):
-    """The index of the likeliest first cue by keywords, from 1 on, None where none is likely."""
+    """The index of the sentence with the highest score, from 1 on; None where none is above 0."""
     scores = [sum(w for row, seen in zip(weights, places) for w, there in zip(row, seen) if there)
               for places in keyword_features(sentences)]
     best = max(scores, default=0)
