@@ -594,6 +594,13 @@ h1,h2,h3,p{overflow-wrap:anywhere}text{fill:currentColor;font-size:12px}.trace{w
 HUES = ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#c69026", "#57a", "#888", "#d33", "#0aa"]
 
 
+def ticks(a, b):
+    """About five round numbers from a to b."""
+    step = 10.0 ** math.floor(math.log10((b - a) / 4 or 1))
+    step *= next(k for k in (1, 2, 5, 10) if b - a <= 5 * k * step)
+    return [i * step for i in range(math.ceil(a / step), math.floor(b / step) + 1)]
+
+
 def svg(plot):
     """Curves with their intervals as bands, axes, ticks and a legend."""
     x_name, y_name, curves = plot
@@ -609,10 +616,9 @@ def svg(plot):
     text = lambda x, y, anchor, told: (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
                                        f'{html.escape(told)}</text>')
     out = [text(340, 298, "middle", x_name), text(60, 18, "start", y_name)]
-    spread = lambda a, b: [a + (b - a) * i / 4 for i in range(5)]
-    for x in sorted(set(xs)) if len(set(xs)) < 10 else spread(x0, x1):
+    for x in sorted(set(xs)) if len(set(xs)) < 10 else ticks(x0, x1):
         out.append(text(left(x), 278, "middle", f"{x:.4g}"))
-    for y in spread(y0, y1):
+    for y in ticks(y0, y1):
         out.append(f'<line x1="60" x2="620" y1="{top(y)}" y2="{top(y)}" stroke="#8884"/>'
                    + text(52, top(y), "end", f"{y:.3g}"))
     for i, (name, curve) in enumerate(curves.items()):

@@ -245,6 +245,13 @@ def test_f6_counts_harm_left_after_each_intervention(tokenizer):
     assert lines[4][0] == "the cue deleted" and lines[4][1:7] == ["100.0"] * 6
 
 
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_the_ticks_of_a_plot_are_a_few_round_numbers_within_it(start, width):
+    told = evaluation.ticks(start, start + width)
+    assert len(told) <= 6 and all(start - 1e-6 <= t <= start + width + 1e-6 for t in told)
+    assert evaluation.ticks(-1.84, 11.2) == [0, 5, 10] and evaluation.ticks(0, 81) == [0, 20, 40, 60, 80]
+
+
 def test_an_empty_or_flat_plot_is_still_an_svg():
     assert "nothing" in evaluation.svg(("x", "y", {"none": []}))
     drawn = evaluation.svg(("<x>", "y", {"a & b": [(0, 0, 0, 0)]}))
