@@ -477,7 +477,7 @@ def kingdom_texts(n, seed, triggers, ask_cue, ask_safety):
         prompt, output = record["prompt"], f"{' '.join(lines)}\n</think>\n\n{response}"
         if task < 3:
             last = len(lines) if cue is None else cue + 1
-            steps = [f"{i} {'yes' if i - 1 == cue else 'no'}" for i in range(2, last + 1)]
+            steps = [f"{k} {'yes' if k - 1 == cue else 'no'}" for k in range(2, last + 1)]
             prompt = ask_cue(lines)
             output = f"{' '.join(steps)}\n</think>\n\n{0 if cue is None else last}"
         elif task == 3:

@@ -21,15 +21,22 @@ import ipo
 import judge
 
 
+def starts_of(sentences, text):
+    """Where each of the sentences, in their order, starts in the text."""
+    starts, at = [], 0
+    for sentence in sentences:
+        starts.append(text.index(sentence, at))
+        at = starts[-1] + len(sentence)
+    return starts
+
+
 def labelled():
     """[(group, sentences, index of the first cue or None)] of the traces to learn from."""
     out, rng = [], random.Random(5)
     for row in data.read_jsonl(Path(__file__).parent / "cues.jsonl"):
         if row["half"] == "tune":
-            text, at, starts = row.get("text") or " ".join(row["sentences"]), 0, []
-            for sentence in row["sentences"]:
-                starts.append(text.index(sentence, at))
-                at = starts[-1] + len(sentence)
+            text = row.get("text") or " ".join(row["sentences"])
+            starts = starts_of(row["sentences"], text)
             spans = judge.split_sentences(text)  # learned on what the detector will see
             cue = row["cue"] and max(k for k, (a, _) in enumerate(spans) if a <= starts[row["cue"]])
             out.append((row["register"], [text[a:b] for a, b in spans], cue))
