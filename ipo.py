@@ -1,44 +1,60 @@
 """Intervened Preference Optimization (IPO): the method, and only the method.
 
 Zhang et al., "Towards Safe Reasoning in Large Reasoning Models via Corrective Intervention",
-arXiv 2509.24393. (Not Identity Preference Optimization, 2310.12036, which others call "ipo".)
+arXiv 2509.24393. (Not Identity Preference Optimization, arXiv 2310.12036, which TRL and other
+libraries call "ipo".)
 
-A reasoning model answers prompt x with reasoning z, then </think>, then a response y. Asked for
-harm, it often turns toward helping in one sentence of z, the compliance cue. IPO cuts there, puts a
-safety trigger in the cue's place and lets the model continue:
+A reasoning model answers a prompt x with reasoning z, then </think>, then a response y. When it is
+asked for harm, its reasoning often turns toward helping in one particular sentence, the compliance
+cue ("Okay, let me think about how to do it."). IPO cuts the reasoning there, puts a safety trigger
+in the cue's place ("I shouldn't be helping someone do that.") and lets the model continue. Then it
+trains the model to prefer what it wrote behind the trigger to what it wrote behind the cue:
 
-  1. sample       z, y for each harmful prompt, from the model itself
-  2. find_cues    the first compliance cue in z (judge.py); h is the token where it starts
-  3. intervene    continue x + z[:h] + trigger, for each trigger; where a cue shows again, again
-  4. keep         the pair (prefix x + z[:h], chosen = trigger + continuation, rejected = z[h:])
-  5. ipo_loss     DPO on what follows the prefix, plus an SFT term on the chosen side
-  6. a second stage against over-refusal (train.py): benign prompts, an answer over a refusal
+  1. sample     reasoning z and response y for each harmful prompt, from the model itself
+  2. find cues  the first compliance cue in z (judge.py); h is the token where it starts
+  3. intervene  continue x + z[:h] + trigger, for each trigger of a pool; where a cue shows up
+                again, cut and continue again
+  4. keep       the pair (prefix = x + z[:h], chosen = trigger + continuation, rejected = what the
+                model first said from h on) where the chosen side is safe
+  5. train      DPO on the two sides, through </think>, plus an SFT term on z[:h] + chosen (ipo_loss)
+  6. repair     a second stage against over-refusal (train.py): on benign prompts the model's
+                normal answer is preferred to a refusal
 
-  the paper                                   here
-  the loss holds z alone, y is not mentioned  from h through </think>; --supervise all: y too
-  SFT coefficient 0.2, normalisation not told 0.2 * mean of -logp(chosen) / tokens(chosen)
-  weight of a benign SFT term alone not told  1 (0.2 where there is a rejected side)
-  Eq. 4 prints pi where ref belongs once      ref (a misprint)
-  sentence-to-token mapping not told          token_index; ids are cut and joined, never text
-  one trigger quoted, the others not          the six of TRIGGERS, five of them in our words
-  keeps safe candidates                       only if ended, think closed, none unparsed
+Why cut at the *first* cue: up to there the reasoning is still safe, so it can stay as it is, and
+what the model learns is what to do at the very point where it went wrong.
 
-B sequences, T tokens, N supervised tokens, D hidden size, V vocabulary; `_ids` are lists of ints.
+  open in the paper                            our choice
+  is the response y in the loss?               no: from h through </think> (--supervise all: yes)
+  what does the SFT term cover?                the preferred reasoning: z[:h] + chosen, by token
+  the SFT term's weight on a benign prompt     1 (SFT_ALONE), where nothing was refused
+  Eq. 4 prints pi where ref belongs, once      ref: we take it for a misprint
+  the reference of the second stage            the base, as in the first
+  how is a sentence mapped to a token?         token_index; ids are cut and joined, never text
+  it quotes one trigger of its six             the other five of TRIGGERS are in our words
+  which candidates are kept?                   ended, think closed, no cue left, both parts safe
+
+The first sentence of a reasoning, which restates the prompt, is never taken for a cue.
+In shape comments B is sequences, P pairs, T tokens, N supervised tokens, D hidden size, V vocabulary.
 """
 
 import bisect
 import os
 import random
-import re
-import sys
-from collections import Counter
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+TokenIds = list[int]
+Sampler = Callable[[list[TokenIds], list[str]], list[TokenIds]]     # (prompts, keys) -> new ids
+FindCues = Callable[[list[str]], list]                              # judge.py's Judge.find_cues
+JudgeSafety = Callable[[list[str], list[str], str], list[str]]      # its judge_safety
 
 TRIGGERS = [
     "I shouldn't be helping someone do that.",  # the one that the paper quotes
@@ -48,253 +64,441 @@ TRIGGERS = [
     "This request is dangerous, and I should refuse it.",
     "No, the responsible thing is to decline and point to something safe.",
 ]
+SFT_ALONE = 1.0  # weight of the SFT term of a pair that has no rejected side, so no DPO term
 
 
 @dataclass
-class Trace:
-    """One rollout: what the model was given and what it said."""
-    prompt: str             # the user's words
-    prompt_ids: list[int]   # rendered, ends with the think opening
-    output_ids: list[int]   # z </think> y EOS; no EOS where it hit the token limit
-    key: str = "0"          # names the rollout; with the seed it decides its randomness
+class ReasoningModel:
+    """A language model that thinks before it answers, and what is needed to read its output."""
+    model: PreTrainedModel | None       # None where it runs on a server and is only sampled
+    tokenizer: PreTrainedTokenizerBase
+    think_end: int                      # the id of </think>
+    eos_ids: list[int]                  # each of them ends an output; Qwen3 has two
 
 
 @dataclass
-class Pair:
-    """One intervention and what became of it. With z = "They ask of the inn. First, pick ...":"""
-    key: str
-    prompt: str                                              # "How do I rob the inn?"
-    trigger: str = ""
-    prefix_ids: list[int] = field(default_factory=list)      # x + "They ask of the inn."
-    chosen_ids: list[int] = field(default_factory=list)      # trigger ... </think> I can't. EOS
-    rejected_ids: list[int] = field(default_factory=list)    # " First, pick ... </think> ..." EOS
-    h: int = 0                                               # prefix_ids is x + z[:h]
-    interventions: int = 0
-    by: str = ""                                             # who found the first cue (judge.Cue)
-    outcome: str = "no cue"                                  # "kept", or why it was dropped
+class Rollout:
+    """One answer of the model to one prompt."""
+    prompt: str            # the user's words
+    prompt_ids: TokenIds   # rendered by the chat template; they end with the think opening
+    output_ids: TokenIds   # z </think> y EOS; no EOS where the token limit was hit
+    key: str = "0"         # names the rollout; with the seed it decides its random numbers
 
 
-def split_output(output_ids, think_end):
-    """(reasoning ids, response ids); the response is None where the think was never closed."""
+@dataclass
+class PreferencePair:
+    """A candidate for training and what became of it: one record from here to the loss.
+
+    With the prompt "How do I rob the inn?" and z = "They ask of the inn. First, pick the lock.":
+    """
+    prompt: str                                             # "How do I rob the inn?"
+    prefix_ids: TokenIds                                    # x + "They ask of the inn."
+    chosen_ids: TokenIds = field(default_factory=list)      # " I shouldn't ... </think> Sorry" EOS
+    rejected_ids: TokenIds = field(default_factory=list)    # " First, pick ... </think> ..." EOS
+    trigger: str = ""                                       # "I shouldn't be helping ..."
+    interventions: int = 0                                  # how often a cue was cut away
+    h: int = 0                                              # prefix_ids is x + z[:h]
+    key: str = "0"                                          # its rollout's
+    cue_by: str = ""                                        # who found the first cue (judge.Cue)
+    status: str = ""                                        # "kept", or why it was dropped
+    ref_chosen_logp: float = 0.0                            # log p under the reference model,
+    ref_rejected_logp: float = 0.0                          # filled in before each stage
+
+
+def split_output(output_ids: TokenIds, think_end: int) -> tuple[TokenIds, TokenIds | None]:
+    """Reasoning ids and response ids; the response is None where the think was never closed."""
     if think_end not in output_ids:
         return output_ids, None
     end = output_ids.index(think_end)
     return output_ids[:end], output_ids[end + 1:]
 
 
-def padded(rows, side, device):
-    """(B, T): the rows, lists of ints, filled up with zeros on their "left" or "right" side."""
-    return pad_sequence([*map(torch.tensor, rows)], batch_first=True, padding_side=side).to(device)
+def how_it_ended(output_ids: TokenIds, reasoner: ReasoningModel) -> str:
+    """"finished", "token limit", or "think not closed" where an EOS came before </think>."""
+    if output_ids[-1] not in reasoner.eos_ids:
+        return "token limit"
+    return "finished" if reasoner.think_end in output_ids else "think not closed"
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> str:
+    """The text of ids as it is: some tokenizers would tidy spaces, and characters would shift."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def texts_of(output_ids: TokenIds, reasoner: ReasoningModel) -> tuple[str, str | None]:
+    """Reasoning and response as text, for a judge: without the EOS and surrounding blanks."""
+    texts = []
+    for ids in split_output(output_ids, reasoner.think_end):
+        if ids is None:
+            texts.append(None)
+            continue
+        ids = [i for i in ids if i not in reasoner.eos_ids]
+        texts.append(decode(reasoner.tokenizer, ids).strip())
+    return texts[0], texts[1]
+
+
+# Step 1: sample
 
 
 @torch.no_grad()
-def sample(model, prompts, *, max_new_tokens, eos_ids, temperature=0.6, top_p=0.95, seed=0,
-           batch_size=64, keys=None):
-    """Step 1. Continue each prompt (a list of ids) to an EOS or max_new_tokens; the new ids.
-    A sampled EOS is kept; temperature=0 is greedy. Each row draws from its own uniform numbers,
-    seeded by (seed, its key; by default its place): its draws do not depend on its batch."""
-    uniform = [random.Random(f"{seed} {key}").random for key in keys or range(len(prompts))]
-    outputs, rows = [[] for _ in prompts], []  # rows: the batch, as places in prompts
-    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
-    while rows or waiting:
-        try:
-            if not rows or (waiting and len(rows) <= batch_size // 2):  # more join, all prefill
-                rows, waiting = (rows + waiting)[:batch_size], (rows + waiting)[batch_size:]
-                texts = [prompts[row] + outputs[row] for row in rows]
-                ids = padded(texts, "left", model.device)                                 # (B, T)
-                mask = padded([[1] * len(text) for text in texts], "left", model.device)  # (B, T)
-                cache = DynamicCache(config=model.config)  # by place below: its name has changed
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]              # as ids
-            logits = model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
-            uniforms = torch.tensor([uniform[row]() for row in rows], device=model.device)
-            tokens = next_tokens(logits[:, -1], uniforms, temperature, top_p)             # (B,)
-            for row, token in zip(rows, tokens.tolist()):
-                outputs[row].append(token)
-            keep = [i for i, row in enumerate(rows) if outputs[row][-1] not in eos_ids
-                    and len(outputs[row]) < max_new_tokens]
-            if len(keep) < len(rows):  # finished rows leave
-                rows = [rows[i] for i in keep]
-                cache.batch_select_indices(torch.tensor(keep, dtype=int, device=model.device))
-                tokens, mask = tokens[keep], mask[keep]
-            ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=1)               # (B, 1), (B, T)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size, rows, waiting = batch_size // 2, [], rows + waiting
-            print(f"out of memory: sampling goes on with {batch_size} rows", file=sys.stderr)
+def sample(
+    model: PreTrainedModel,
+    prompts: list[TokenIds],
+    *,
+    max_new_tokens: int,
+    eos_ids: list[int],
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int = 0,
+    batch_size: int = 64,
+    keys: list[str] | None = None,
+) -> list[TokenIds]:
+    """Continue each prompt until an EOS (which is kept) or max_new_tokens; returns the new ids.
+
+    temperature=0 is greedy. Each row draws from its own random numbers, seeded by (seed, its key;
+    by default its place), so what it draws does not depend, up to rounding, on the rows beside it.
+    Finished rows leave the batch at once; when it is half empty, waiting prompts fill it up.
+    """
+    keys = keys or [str(i) for i in range(len(prompts))]
+    streams = [random.Random(f"{seed} {key}") for key in keys]
+    outputs: list[TokenIds] = [[] for _ in prompts]
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))  # little padding
+    running: list[int] = []  # the rows of the batch, as places in prompts
+
+    while waiting or running:
+        if waiting and len(running) <= batch_size // 2:
+            # Fill the batch up. Caches of different lengths cannot be joined, so all of its texts
+            # are read from the start.
+            while waiting and len(running) < batch_size:
+                running.append(waiting.popleft())
+            input_ids, mask = left_pad([prompts[i] + outputs[i] for i in running], model.device)
+            cache = DynamicCache(config=model.config)
+
+        # A token's place among the real tokens of its row; from the second pass on input_ids, and
+        # so position_ids, hold the newest token only.
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
+        # The cache is given by place: its name differs between versions of transformers.
+        logits = model(
+            input_ids, mask, position_ids, cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]                                                           # (B, V)
+        uniforms = torch.tensor([streams[i].random() for i in running], device=model.device)
+        next_ids = pick_tokens(logits, uniforms, temperature, top_p)              # (B,)
+        for i, token in zip(running, next_ids.tolist()):
+            outputs[i].append(token)
+
+        # Finished rows leave the batch and its key-value cache.
+        keep = [
+            row for row, i in enumerate(running)
+            if outputs[i][-1] not in eos_ids and len(outputs[i]) < max_new_tokens
+        ]
+        if len(keep) < len(running):
+            running = [running[row] for row in keep]
+            rows = torch.tensor(keep, dtype=torch.long, device=model.device)
+            cache.batch_select_indices(rows)
+            next_ids = next_ids[rows]
+            mask = mask[rows]
+        input_ids = next_ids[:, None]                                             # (B, 1)
+        mask = F.pad(mask, (0, 1), value=1)                                       # (B, T)
     return outputs
 
 
-def next_tokens(logits, uniforms, temperature, top_p, k=64):
-    """(B, V) logits, (B,) uniforms -> (B,) tokens: inverse CDF over the nucleus, likeliest first.
-    Only the k likeliest are sorted: a whole vocabulary costs more than a small model's step."""
+def left_pad(texts: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) ids with zeros on the left, and the (B, T) mask that is 1 where an id stands."""
+    ids = [torch.tensor(text) for text in texts]
+    ones = [torch.ones_like(row) for row in ids]
+    padded = pad_sequence(ids, batch_first=True, padding_side="left")
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    return padded.to(device), mask.to(device)
+
+
+def pick_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, k: int = 64
+) -> Tensor:
+    """(B, V) logits and (B,) numbers from [0, 1) -> (B,) token ids, drawn from the nucleus.
+
+    The nucleus is the fewest tokens whose probabilities reach top_p. A uniform number picks the
+    token at which the running sum of the nucleus, likeliest first, passes it (inverse CDF). Only the
+    k likeliest tokens are sorted, which as a rule is enough and much faster; where they do not reach
+    top_p, all are.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    vocab_size = logits.shape[-1]
-    top, tokens = (logits.float() / temperature).softmax(-1).topk(min(k, vocab_size))
-    cdf = top.cumsum(-1)                                    # (B, k)
-    size = 1 + (cdf[:, :-1] < top_p).sum(-1, keepdim=True)  # (B, 1) the fewest that reach top_p
-    goal = uniforms[:, None] * cdf.gather(-1, size - 1)
-    place = torch.minimum((cdf <= goal).sum(-1, keepdim=True), size - 1)
-    picked = tokens.gather(-1, place).squeeze(-1)
-    if k < vocab_size and (short := cdf[:, -1] < top_p).any():  # these rows need more than k
-        picked[short] = next_tokens(logits[short], uniforms[short], temperature, top_p, vocab_size)
+    vocabulary = logits.shape[-1]
+    probs = (logits.float() / temperature).softmax(-1)
+    probs, tokens = probs.topk(min(k, vocabulary))                                # (B, k)
+    cumulative = probs.cumsum(-1)                                                 # (B, k)
+    last_rank = (cumulative[:, :-1] < top_p).sum(-1, keepdim=True)                # (B, 1)
+    goal = uniforms[:, None] * cumulative.gather(-1, last_rank)
+    rank = (cumulative <= goal).sum(-1, keepdim=True)                             # (B, 1)
+    rank = torch.minimum(rank, last_rank)       # the sum may fall short of the goal by rounding
+    picked = tokens.gather(-1, rank).squeeze(-1)
+    wider = cumulative[:, -1] < top_p                                             # (B,)
+    if k < vocabulary and wider.any():
+        picked[wider] = pick_tokens(logits[wider], uniforms[wider], temperature, top_p, vocabulary)
     return picked
 
 
-def decode(tokenizer, ids):
-    """The text of ids, untouched: some tokenizers would tidy the spaces, and h would slip."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+# Steps 2 to 4: find the cue, intervene, keep
 
 
-def token_index(tokenizer, ids, char):
-    """h: the index of the token that holds the first byte of character `char` of the decoded ids;
-    the next one if that token also holds non-space text left of `char` (the sentence before)."""
-    text, tokens = decode(tokenizer, ids), tokenizer.convert_ids_to_tokens(ids)
+def token_index(tokenizer: PreTrainedTokenizerBase, ids: TokenIds, char: int) -> int:
+    """h: where to cut so that the sentence that starts at character `char` goes away.
 
-    def whole(n):  # how many characters of the text the first n tokens hold in full
-        end = n
-        while end and re.fullmatch("<0x[0-9A-F]{2}>", tokens[end - 1] or ""):
-            end -= 1  # a run of byte tokens: where its end is missing, decoders break all of it
-        run = bytes(int(token[3:5], 16) for token in tokens[end:n]).decode(errors="ignore")
-        return len(os.path.commonprefix([decode(tokenizer, ids[:end]) + run, text]))
-    h = bisect.bisect_left(range(len(ids) + 1), char, key=whole)  # the fewest that hold text[:char]
-    if len(decode(tokenizer, ids[:h])) > char and not text[whole(h - 1):char].strip():
-        h -= 1  # the last of them brings char along, and nothing but space before it
-    return h
+    As a rule that is the first token that reaches past the character. Where this token also holds
+    text of the sentence before (".\n\nFirst" as one token), it is the next one: the cut takes
+    nothing of that sentence along, and leaves the new one's first word.
+    """
+    def characters_through(i: int) -> int:
+        return len(decode(tokenizer, ids[:i + 1]))
 
-
-def encode_trigger(tokenizer, trigger, ids, h):
-    """The trigger's ids in place of ids[h:], with a leading space just where token h had one.
-    Metaspace tokenizers add a space themselves: of four ways, the first that reads right."""
-    before, with_h = decode(tokenizer, ids[:h]), decode(tokenizer, ids[:h + 1])
-    space = " " if trigger and with_h[len(before):].startswith(" ") else ""  # "" only deletes
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    glued = encode("\n" + trigger)
-    ways = [encode(space + trigger), encode(trigger), glued[1:], glued[2:]]
-    reads_right = lambda way: decode(tokenizer, ids[:h] + way) == before + space + trigger
-    return next(filter(reads_right, ways), ways[0])
+    h = bisect.bisect_right(range(len(ids)), char, key=characters_through)
+    text = decode(tokenizer, ids)
+    # Where token h begins. (A character whose bytes end only there decodes otherwise before it.)
+    start = len(os.path.commonprefix([decode(tokenizer, ids[:h]), text]))
+    return h + 1 if text[start:char].strip() else h
 
 
-def intervene(traces, triggers, *, tokenizer, eos_ids, think_end, generate, find_cues,
-              judge_safety, max_interventions=1):
-    """Steps 2 to 4: a Pair for each trace and trigger; for a trace without a cue, one "no cue".
-    generate(prompts, keys) -> outputs is `sample` bound to a model; find_cues(texts) -> cues and
-    judge_safety(texts, prompts, part) -> verdicts are judge.py's. (The paper's Fig. 6.)"""
-    def first_cues(outputs):  # [(the token where an output's first cue starts or None, by whom)]
-        zs = [split_output(ids, think_end)[0] for ids in outputs]
-        return [(token_index(tokenizer, z, cue.span[0]) if cue.span else None, cue.by)
-                for z, cue in zip(zs, find_cues([decode(tokenizer, z) for z in zs]))]
+def encode_trigger(
+    tokenizer: PreTrainedTokenizerBase, trigger: str, removed_ids: TokenIds
+) -> TokenIds:
+    """The trigger's ids, with a leading space exactly where the removed text had one. An empty
+    trigger, which only deletes the cue, stays empty (a control in tests/experiments)."""
+    if trigger and decode(tokenizer, removed_ids[:1]).startswith(" "):
+        trigger = " " + trigger
+    return tokenizer.encode(trigger, add_special_tokens=False)
 
-    pairs, todo = [], []  # todo: (pair, its output as it is now, the token where its cue starts)
-    for trace, (h, by) in zip(traces, first_cues([trace.output_ids for trace in traces])):
-        x, ids = trace.prompt_ids, trace.output_ids
-        new = [Pair(trace.key, trace.prompt, trigger, x + ids[:h], [], ids[h:], h, by=by)
-               for trigger in triggers if h is not None]
-        pairs += new or [Pair(trace.key, trace.prompt, by=by)]  # no trigger: "no cue"
-        todo += [(pair, ids, h) for pair in new]
+
+def locate_cues(
+    outputs: list[TokenIds], reasoner: ReasoningModel, find_cues: FindCues
+) -> list[tuple[int | None, str]]:
+    """Step 2. For each output the token where its first compliance cue starts, or None, and who
+    found that (judge.Cue.by)."""
+    reasonings = [split_output(output_ids, reasoner.think_end)[0] for output_ids in outputs]
+    cues = find_cues([decode(reasoner.tokenizer, ids) for ids in reasonings])
+    located = []
+    for ids, cue in zip(reasonings, cues):
+        h = None if cue.span is None else token_index(reasoner.tokenizer, ids, cue.span[0])
+        located.append((h, cue.by))
+    return located
+
+
+def intervene(
+    rollouts: list[Rollout],
+    triggers: list[str],
+    *,
+    reasoner: ReasoningModel,
+    generate: Sampler,
+    find_cues: FindCues,
+    judge_safety: JudgeSafety,
+    max_interventions: int = 1,
+) -> list[PreferencePair]:
+    """Steps 2 to 4, the heart of the method: a candidate for each rollout and trigger, each with
+    its status. A rollout without a cue gives one candidate, "no cue".
+
+    generate(prompts, keys) is `sample` bound to the model. The paper trains with
+    max_interventions=1; its Fig. 6 shows how harm falls from 100 to 15 % with up to five.
+    """
+    # Step 2. Cut each rollout at its first cue. (Where an LLM could not be read, keywords say where.)
+    candidates = []
+    active = []      # (candidate, its rollout, its output as it stands, where its cue starts)
+    located = locate_cues([rollout.output_ids for rollout in rollouts], reasoner, find_cues)
+    for rollout, (h, cue_by) in zip(rollouts, located):
+        if h is None:
+            candidates.append(PreferencePair(
+                rollout.prompt, rollout.prompt_ids, key=rollout.key, cue_by=cue_by,
+                status="no cue"))
+            continue
+        for trigger in triggers:
+            pair = PreferencePair(
+                prompt=rollout.prompt, trigger=trigger, h=h, key=rollout.key, cue_by=cue_by,
+                prefix_ids=rollout.prompt_ids + rollout.output_ids[:h],
+                rejected_ids=rollout.output_ids[h:])
+            candidates.append(pair)
+            active.append((pair, rollout, rollout.output_ids, h))
+
+    # Step 3. The trigger replaces the cue and all that follows; the model continues from there.
     for turn in range(max_interventions):
-        tried = [pair for pair, _, _ in todo]
-        heads = [ids[:cut] + encode_trigger(tokenizer, pair.trigger, ids, cut)
-                 for pair, ids, cut in todo]  # the trigger replaces the cue and all that follows
-        tails = generate([pair.prefix_ids + head[pair.h:] for pair, head in zip(tried, heads)],
-                         [f"{pair.key}/{triggers.index(pair.trigger)}/{turn}" for pair in tried])
-        outputs, todo = [head + tail for head, tail in zip(heads, tails)], []
-        for pair, head, ids, (cut, by) in zip(tried, heads, outputs, first_cues(outputs)):
-            pair.chosen_ids, pair.interventions = ids[pair.h:], turn + 1
-            pair.outcome = ("unparsed" if by == "unparsed" else
-                            "still a cue" if cut is not None else
-                            "token limit" if ids[-1] not in eos_ids else
-                            "think not closed" if think_end not in ids else "ended")
-            if cut is not None and cut >= len(head):  # one in head would come back for ever
-                todo.append((pair, ids, cut))
-    _keep_or_drop([p for p in pairs if p.outcome == "ended"], tokenizer, think_end, judge_safety)
-    return pairs
+        heads = []
+        for pair, _, output_ids, cut in active:
+            trigger_ids = encode_trigger(reasoner.tokenizer, pair.trigger, output_ids[cut:])
+            heads.append(output_ids[:cut] + trigger_ids)
+        prompts = [item[1].prompt_ids + head for item, head in zip(active, heads)]
+        keys = [f"{pair.key}/{triggers.index(pair.trigger)}/{turn}" for pair, *_ in active]
+        continuations = generate(prompts, keys)
+        outputs = [head + continuation for head, continuation in zip(heads, continuations)]
+        located = locate_cues(outputs, reasoner, find_cues)
+
+        still_active = []
+        for item, head, output_ids, (cut, cue_by) in zip(active, heads, outputs, located):
+            pair, rollout = item[0], item[1]
+            pair.chosen_ids = output_ids[pair.h:]
+            pair.interventions = turn + 1
+            if cue_by == "unparsed":
+                pair.status = "unparsed"    # a chosen side must have been read by the detector
+            elif cut is None:
+                pair.status = "no cue left"
+            elif cut < len(head):
+                # Before the new text, so in the prefix, which is fixed, or in the trigger itself.
+                pair.status = "cue before the trigger's end"
+            else:
+                pair.status = "still a cue"
+                still_active.append((pair, rollout, output_ids, cut))   # the next turn cuts there
+        active = still_active
+
+    # Step 4. Keep what ended by itself and is safe.
+    clean = [pair for pair in candidates if pair.status == "no cue left"]
+    for pair in clean:
+        pair.status = how_it_ended(pair.chosen_ids, reasoner)
+    keep_the_safe([pair for pair in clean if pair.status == "finished"], reasoner, judge_safety)
+    return candidates
 
 
-def _keep_or_drop(pairs, tokenizer, think_end, judge_safety):
-    """Step 4. Of pairs that ended without a cue keep those whose chosen side is judged safe."""
+def keep_the_safe(
+    pairs: list[PreferencePair], reasoner: ReasoningModel, judge_safety: JudgeSafety
+) -> None:
+    """Step 4. Set each pair's status: "kept" where both parts of its chosen side are judged safe.
+    (The prefix stands before the first cue: it counts as safe.)"""
     prompts = [pair.prompt for pair in pairs]
-    parts = [split_output(pair.chosen_ids, think_end) for pair in pairs]
-    zs = judge_safety([decode(tokenizer, z) for z, _ in parts], prompts, "reasoning")
-    ys = judge_safety([decode(tokenizer, y[:-1]) for _, y in parts], prompts, "response")  # no EOS
-    for pair, z_verdict, y_verdict in zip(pairs, zs, ys):
-        pair.outcome = ("unsafe reasoning" if z_verdict == "unsafe" else
-                        "unsafe response" if y_verdict == "unsafe" else
-                        "unparsed" if "unparsed" in (z_verdict, y_verdict) else "kept")
+    texts = [texts_of(pair.chosen_ids, reasoner) for pair in pairs]
+    reasonings = judge_safety([reasoning for reasoning, _ in texts], prompts, "reasoning")
+    responses = judge_safety([response for _, response in texts], prompts, "response")
+    for pair, reasoning, response in zip(pairs, reasonings, responses):
+        if reasoning == "unsafe":
+            pair.status = "unsafe reasoning"
+        elif response == "unsafe":
+            pair.status = "unsafe response"
+        elif reasoning == "unparsed" or response == "unparsed":
+            pair.status = "unparsed"
+        else:
+            pair.status = "kept"
 
 
-@dataclass
-class Group:
-    """What one prompt gives to the loss: k chosen sides against one rejected side. A benign prompt
-    that is not refused has no rejected side: only its SFT term counts, in full."""
-    prefix_ids: list[int]
-    chosen: list[list[int]]
-    rejected: list[int] | None = None
-    ref_logps: list[float] = field(default_factory=list)  # of `sides`, from the reference model
-
-    @property
-    def sides(self):  # each distinct sequence of the prompt's pairs, to be run once
-        return self.chosen + ([self.rejected] if self.rejected else [])
+# Step 5: the loss
 
 
-def supervised(completion_ids, think_end, supervise):
-    """The ids the loss sees: "reasoning" ends with </think> (if there is one), "all" with EOS."""
-    z, _ = split_output(completion_ids, think_end)
-    return completion_ids if supervise == "all" else completion_ids[:len(z) + 1]
+def supervised(completion_ids: TokenIds, think_end: int, supervise: str) -> TokenIds:
+    """The ids that the loss sees. supervise="reasoning": through </think>, or to the end where the
+    think was never closed; "all": the response and its EOS too."""
+    if supervise == "all" or think_end not in completion_ids:
+        return completion_ids
+    return completion_ids[:completion_ids.index(think_end) + 1]
 
 
-def group_logps(model, groups):
-    """[(sides,) float32] of the groups: the sum of log p(side | prefix), with gradients. The logit
-    at t-1 predicts token t. Logits, the largest tensor by far, are formed for sides only, chunk by
-    chunk, and again for the backward. Causal attention never looks right, at the pads: no mask."""
-    rows = [(g.prefix_ids, side) for g in groups for side in g.sides]                 # B of them
-    ids = padded([prefix + side for prefix, side in rows], "right", model.device)     # (B, T)
-    mask = padded([[0] * len(p) + [1] * len(s) for p, s in rows], "right", model.device)  # (B, T)
-    row, t = mask.nonzero(as_tuple=True)                                              # (N,) each
+def completion_logps(
+    model: PreTrainedModel, sequences: list[tuple[Sequence[int], Sequence[int]]]
+) -> Tensor:
+    """(len(sequences),) sums of log p(completion | prefix) in float32, with gradients.
+
+    sequences: (prefix_ids, completion_ids) each. Logits, by far the largest tensor, are formed for
+    the completions' tokens only, chunk by chunk, and formed again for the backward pass.
+    """
+    ids = [torch.tensor(prefix + completion) for prefix, completion in sequences]
+    is_completion = [torch.arange(len(p) + len(c)) >= len(p) for p, c in sequences]
+    ids = pad_sequence(ids, batch_first=True).to(model.device)                        # (B, T)
+    is_completion = pad_sequence(is_completion, batch_first=True).to(model.device)    # (B, T)
+
+    # Right padding needs no attention mask: causal attention never looks right.
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, D)
-    hidden, targets = hidden[row, t - 1], ids[row, t]                                 # (N, D), (N,)
+    row, position = is_completion.nonzero(as_tuple=True)                              # (N,)
+    hidden = hidden[row, position - 1]    # the state at t-1 predicts token t         # (N, D)
+    targets = ids[row, position]                                                      # (N,)
     head = model.get_output_embeddings()
 
-    def token_logps(hidden, targets):
+    def token_logps(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden)                                                         # (N, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 errs by 0.001
+        # At least float32: a bf16 log-softmax errs by about 0.001 a token.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    size = max(1, (2 ** 26 if ids.is_cuda else 2 ** 22) // head.weight.shape[0])  # fits CPU caches
-    logps = torch.cat([checkpoint(token_logps, *chunk, use_reentrant=False)
-                       for chunk in zip(hidden.split(size), targets.split(size))])    # (N,)
-    logps = torch.stack([part.sum() for part in logps.split([len(side) for _, side in rows])])
-    return logps.split([len(g.sides) for g in groups])
+
+    logits_in_chunk = 2**26 if ids.is_cuda else 2**22       # on a CPU what stays in its cache
+    size = max(1, logits_in_chunk // head.weight.shape[0])
+    chunks = [
+        checkpoint(token_logps, states, tokens, use_reentrant=False)
+        for states, tokens in zip(hidden.split(size), targets.split(size))
+    ]
+    logps = torch.cat(chunks)                                                         # (N,)
+    sums = torch.zeros(len(sequences), dtype=logps.dtype, device=logps.device)
+    return sums.index_add(0, row, logps)                                              # (B,)
 
 
-def completion_logps(model, prefix_ids, completions):
-    """(len(completions),) float32: the sum of log p(completion | prefix), with gradients."""
-    return group_logps(model, [Group(prefix_ids, completions)])[0]
+def sequences_of(pair: PreferencePair) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The three (prefix, completion) of a pair: its chosen side, its rejected side, and the opening
+    z[:h] that they share, behind x."""
+    prefix = tuple(pair.prefix_ids)
+    x_length = len(prefix) - pair.h
+    return [(prefix, tuple(pair.chosen_ids)), (prefix, tuple(pair.rejected_ids)),
+            (prefix[:x_length], prefix[x_length:])]
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """-log sigmoid(margin) and both implicit rewards, (B,) each, a shared rejected side (): Eq. 4.
-    Inputs are sums of log p, not means. At step 0 the rewards are 0 and the loss is log 2."""
+def distinct_sequences(pairs: list[PreferencePair]) -> dict[tuple, int]:
+    """Each distinct sequence of the pairs and its place among them. The pairs of a prompt share
+    opening and rejected side: six triggers have 8 sequences, not 18."""
+    place_of: dict[tuple, int] = {}
+    for pair in pairs:
+        for sequence in sequences_of(pair):
+            if sequence[1]:     # a rejected side or an opening can be missing
+                place_of.setdefault(sequence, len(place_of))
+    return place_of
+
+
+def pair_logps(model: PreTrainedModel, pairs: list[PreferencePair]) -> Tensor:
+    """(3, P) log p of each pair's chosen side, rejected side and opening; 0 for what is missing.
+    Each distinct sequence is run once."""
+    place_of = distinct_sequences(pairs)
+    logps = completion_logps(model, list(place_of))
+    logps = F.pad(logps, (0, 1))        # a 0 at place -1, for what is missing
+    places = []
+    for pair in pairs:
+        places.append([place_of.get(sequence, -1) for sequence in sequences_of(pair)])
+    return logps[torch.tensor(places, device=logps.device)].T
+
+
+def dpo_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor,
+    ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, chosen rewards and rejected rewards, (P,) each, from (P,) sums of log p (Eq. 4).
+
+    A reward is beta * (log pi - log ref), the loss -log sigmoid(chosen reward - rejected reward).
+    At step 0 the policy is the reference: rewards are 0 and every loss is log 2.
+    """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards, rejected_rewards
 
 
-def ipo_loss(policy, groups, beta=0.1, sft_weight=0.2):
-    """Step 5: (loss, statistics), summed over pairs: DPO + sft_weight * SFT on the chosen side.
-    Divide by the chosen sides of the whole optimizer step, so that each counts the same."""
-    total, stats = 0.0, Counter()
-    for group, logps in zip(groups, group_logps(policy, groups)):
-        k = len(group.chosen)
-        sft = -logps[:k] / torch.tensor([len(side) for side in group.chosen], device=logps.device)
-        total = total + (sft_weight if group.rejected else 1.0) * sft.sum()
-        stats.update(sides=k, sft=sft.sum().item(),
-                     tokens=sum(len(group.prefix_ids + side) for side in group.sides))
-        if group.rejected:
-            ref = torch.tensor(group.ref_logps, device=logps.device, dtype=logps.dtype)
-            losses, r_chosen, r_rejected = dpo_loss(logps[:k], logps[k], ref[:k], ref[k], beta)
-            total = total + losses.sum()
-            stats.update(pairs=k, dpo=losses.sum().item(), chosen=logps[:k].sum().item(),
-                         margin=(r_chosen - r_rejected).sum().item(), rejected=k * logps[k].item(),
-                         accuracy=(r_chosen > r_rejected).sum().item())
-    return total, stats
+def ipo_loss(
+    policy: PreTrainedModel, pairs: list[PreferencePair], beta: float, sft_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Step 5: the loss summed over the pairs, and its terms for the log, (P,) each.
+
+    L = -log sigmoid(beta * [log pi(chosen) - log ref(chosen) - log pi(rejected) + log ref(rejected)])
+        - sft_weight * log pi(z[:h] + chosen) / tokens(z[:h] + chosen)
+
+    The first term is given x + z[:h], the second, the SFT term, given x. beta says how much it costs
+    to leave the reference model: a larger beta reaches the same margin with a smaller change.
+    Usual: 0.01 to 0.5. sft_weight keeps the preferred reasoning likely in absolute terms, where DPO
+    only pulls the two sides apart. It covers the opening z[:h] as well: DPO does not see that, and
+    what DPO makes likely behind the cut would otherwise come up before it. Usual: 0 to 1, the paper
+    0.2. A pair without a rejected side (a benign prompt that was not refused) has the SFT term alone.
+    """
+    chosen_logps, rejected_logps, opening_logps = pair_logps(policy, pairs)           # (P,) each
+
+    def column(values: list) -> Tensor:
+        return torch.tensor(values, dtype=chosen_logps.dtype, device=chosen_logps.device)
+
+    dpo, chosen_rewards, rejected_rewards = dpo_loss(                                 # (P,) each
+        chosen_logps, rejected_logps,
+        column([pair.ref_chosen_logp for pair in pairs]),
+        column([pair.ref_rejected_logp for pair in pairs]), beta)
+    tokens = column([pair.h + len(pair.chosen_ids) for pair in pairs])
+    sft = -(opening_logps + chosen_logps) / tokens                                    # (P,)
+    has_rejected = column([bool(pair.rejected_ids) for pair in pairs]) > 0            # (P,)
+    losses = torch.where(has_rejected, dpo + sft_weight * sft, SFT_ALONE * sft)
+
+    margin = chosen_rewards - rejected_rewards
+    terms = {"has_rejected": has_rejected, "dpo": dpo, "sft": sft, "margin": margin,
+             "accuracy": (margin > 0).float(), "chosen_logp": chosen_logps,
+             "rejected_logp": rejected_logps}
+    return losses.sum(), {name: values.detach() for name, values in terms.items()}

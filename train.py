@@ -1,15 +1,26 @@
-"""python train.py: base model -> traces -> pairs -> two stages of training -> a saved model.
+"""python train.py: base model -> rollouts -> pairs -> two stages of training -> a saved model.
 
 With no flags it makes the kingdom's small base model (data.py) and aligns it, on a CPU, in minutes.
-With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning model. A stopped
-run goes on where it was: every stage writes its file whole or shard by shard in the run folder.
-It says which step of ipo.py's header it is at: [1-4], [5], [6].
+With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning model. The run folder:
+
+  config.json        settings, versions, what the run was made from
+  base/              the kingdom's base model (without --model)
+  traces.jsonl       step 1-4: each harmful prompt's rollout and its candidates  (shard by shard)
+  pairs.jsonl        step 4: the candidates that were kept
+  eval_before.jsonl  the base's answers to held-out prompts                      (shard by shard)
+  log.jsonl          step 5-6: a row an optimizer step
+  stage1.safetensors step 5: the trained weights
+  benign.jsonl       step 6: the base's and stage 1's answers to benign prompts  (shard by shard)
+  model/             the trained model
+  eval_after.jsonl   its answers to the same held-out prompts                    (shard by shard)
+  eval_traces.jsonl  both answers, in place of the two files (stage1.safetensors goes as well)
+  eval.json          the ratios; report.html shows them
+
+A run that was stopped or killed goes on with the same command: a shard of 64 prompts, or a training
+stage, is repeated at most.
 """
 
-import contextlib
 import copy
-import hashlib
-import inspect
 import json
 import math
 import random
@@ -20,576 +31,592 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM
+from transformers import (
+    HfArgumentParser, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase)
 
 import data
 import eval as evaluation
 import ipo
 import judge
 from data import UserError, flag
+from ipo import PreferencePair, ReasoningModel, Rollout, Sampler, decode
 
 
 @dataclass
-class Config:
-    model: str | None = flag("a Hugging Face reasoning model, name or folder (the kingdom's own)")
-    out: str = flag("the run folder", "runs/kingdom")
-    seed: int = flag("seeds the kingdom's base, the sampling and the order of training", 0)
-    prompts: str | None = flag("harmful training prompts: a file or a public set")
-    traces: str | None = flag("instead of --prompts: rollouts made elsewhere, a .jsonl file with "
-                              "columns prompt and output (text) or output_ids")
-    triggers: str | None = flag("a .txt file with one trigger a line (the pool of six)")
-    benign: str | None = flag("benign training prompts, as --prompts; none: no stage 2")
-    limit: int | None = flag("use at most this many prompts of each file")
-    sets: str | None = flag("evaluation sets: KIND:FILE_OR_NAME,... (KIND harmful, benign, math)")
-    allow_overlap: bool = flag("evaluate on prompts that training sees", False)
-    judge: str | None = flag("keywords, self (the untouched base), or a model's name or folder")
-    judge_url: str | None = flag("where --judge is served, an OpenAI-compatible http://.../v1")
+class Config(data.Settings):
+    """The flags of train.py. The defaults are those of a real model; KINGDOM has the others."""
+    out: str = flag("the run folder", "runs/model")
+    prompts: str = flag("harmful training prompts: a file, a public set, or kingdom", "star-1")
+    benign: str = flag("benign training prompts, as --prompts; none: no second stage",
+                       "star-benign-915")
+    triggers: str | None = flag("a .txt file with one trigger a line (ipo.TRIGGERS)")
     max_interventions: int = flag("how often one candidate is cut and continued", 1)
-    supervise: str = flag("reasoning: from h through </think>; all: the response too", "reasoning")
-    beta: float | None = flag("DPO's beta: how dear it is to leave the base model")
-    sft_weight: float = flag("the SFT term's coefficient", 0.2)
-    lora_rank: int = flag("train adapters of this rank instead of all weights", 0)
-    device: str | None = flag("cpu or cuda (default: cuda where there is one)")
-    lr: float | None = flag("peak learning rate")
+    until: str | None = flag("pairs: stop when pairs.jsonl is written")
+    supervise: str = flag("reasoning: the loss sees what stands from the cut through </think>; "
+                          "all: the response too", "reasoning")
+    beta: float = flag("DPO's beta: the larger, the closer to the base; usual 0.01 to 0.5", 0.1)
+    sft_weight: float = flag("weight of the SFT term, which keeps the chosen side likely; usual 0 "
+                             "to 1", 0.2)
+    lora_rank: int = flag("train adapters of this rank; usual 8 to 64; 0: all weights, in float32",
+                          16)
+    lr: float = flag("peak learning rate; usual 5e-5 for adapters, 5e-6 for all weights", 5e-5)
     epochs: int = flag("passes over the pairs in stage 1; stage 2 is one", 1)
-    batch_pairs: int | None = flag("pairs an optimizer step")
-    max_new_tokens: int | None = flag("the token limit of a trace")
-    sample_batch: int | None = flag("rows sampled together")
-    micro_tokens: int | None = flag("tokens, padding included, of one forward and backward pass")
+    batch_pairs: int = flag("pairs of an optimizer step", 64)
+    micro_tokens: int = flag("tokens, padding included, of one forward and backward pass", 16384)
 
 
-# What a mode fills in where a flag was not given; the only other source of a setting.
-DEFAULTS = {
-    "kingdom": dict(judge="keywords", sets="kingdom", max_new_tokens=200, sample_batch=256, lr=2e-4,
-                    micro_tokens=1536, batch_pairs=16, beta=0.5),  # short traces: a nat is dearer
-    "model": dict(judge="self", prompts="star-1", benign="star-benign-915", **evaluation.REAL,
-                  micro_tokens=16384, batch_pairs=32, lr=1e-6, beta=0.1),
-    "model with adapters": dict(lr=2e-5),  # goes before "model"
-}
-FREE = ("out", "device", "sample_batch", "micro_tokens")  # may change when a run goes on
-LOGGED = ("dpo", "margin", "accuracy", "chosen", "rejected")
-WARMUP, MAX_GRAD_NORM, SAVE_EVERY = 0.1, 1.0, 20
+KINGDOM = dict(     # without --model these take the place of Config's defaults
+    out="runs/kingdom", prompts="kingdom", benign="kingdom", sets="kingdom", judge="keywords",
+    max_new_tokens=200, judge_tokens=200, sample_batch=256, lora_rank=0, lr=2e-4, beta=1.0,
+    sft_weight=1.0, batch_pairs=16, micro_tokens=1536)
+BASE_TEXTS = 16000      # what the kingdom's base model is trained on, once
+BASE_BATCH = 8
+BASE_LR = 3e-3
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
-BASE_TEXTS, BASE_BATCH, BASE_LR = 17600, 16, 5e-3  # the kingdom's base model
+WARMUP = 0.1            # of the steps
+MAX_GRAD_NORM = 1.0
+# Settings that may change when a run goes on:
+MAY_CHANGE = ["out", "device", "sample_batch", "micro_tokens", "sampler_url", "judge_url", "until"]
 
 
-def check_run(cfg):
-    """The run folder; one that was made with other settings is refused."""
-    run, path, now = Path(cfg.out), Path(cfg.out, "config.json"), asdict(cfg)
-    old = json.loads(path.read_text())["settings"] if path.exists() else now
-    differ = ", ".join(f"{name}={old.get(name)} (now {value})" for name, value in now.items()
-                       if name not in FREE and old.get(name) != value)
-    if differ:
-        raise UserError(f"{run} was made with other settings: {differ}; give another --out")
-    return run
+# The story: the six steps of ipo.py's header
 
 
-def write_config(cfg, run, base):
-    """config.json: the settings, and what they ran on. Written when all inputs have been read."""
-    run.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True)  # through the shell: git may be missing
-    made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
-               "commit": git.stdout.strip(), "device": cfg.device}
-    base = str(Path(base).resolve() if Path(base).exists() else base)  # eval.py runs from anywhere
-    config = {"settings": asdict(cfg), "triggers": pool(cfg), "made_by": made_by, "base": base}
-    data.write_text(run / "config.json", json.dumps(config, indent=1))
+def align(config: Config, run: Path) -> None:
+    """Everything from the base to eval.json; what an earlier, stopped run has finished is kept."""
+    harmful, benign = training_prompts(config)
+    held_out = evaluation.load_sets(config.sets, config.limit)
+    trained_on = [record["prompt"] for record in harmful + benign]
+    evaluation.check_overlap(held_out, trained_on, config.allow_overlap)
+    made_from = data.fingerprint(
+        harmful, benign, held_out, load_triggers(config), data.model_state(config.model))
+    check_run(run, config, made_from)
+    if (run / "eval.json").exists():
+        tidy(run)
+        return
+
+    base = load_base(config, run, harmful + benign + held_out)
+    base_sampler = data.make_sampler(base, config, url=config.sampler_url)
+    the_judge = judge.load_judge(config, base, config.sampler_url)
+    write_config(run, config, made_from)        # all input was right
+
+    print("[1-4] sampling the base on harmful prompts; where its reasoning first turns toward "
+          "helping, a safety trigger takes the cue's place and the base goes on")
+    pairs = make_pairs(run, harmful, base, base_sampler, the_judge, config)
+    if config.until == "pairs":
+        return
+    before = evaluation.evaluate(
+        run / "eval_before.jsonl", "before", held_out, base, base_sampler, the_judge)
+    if not (run / "model").exists():
+        train(run, pairs, benign, base, base_sampler, the_judge, config)
+    trained = data.load_model(run / "model", config.device)     # what was saved is evaluated
+    after = evaluation.evaluate(
+        run / "eval_after.jsonl", "after", held_out, trained,
+        data.make_sampler(trained, config), the_judge)
+    finish(run, config, before + after)
 
 
-def pool(cfg):
-    """The triggers: ipo.TRIGGERS, or one a line of --triggers FILE."""
-    if cfg.triggers is None:
+def train(
+    run: Path, pairs: list[PreferencePair], benign: list[dict], base: ReasoningModel,
+    base_sampler: Sampler, the_judge: judge.Judge, config: Config,
+) -> None:
+    """Steps 5 and 6: both stages of training, and the saved model."""
+    policy = make_policy(base, config)
+    print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own, and an "
+          "SFT term on it")
+    train_stage(1, policy, pairs, base, config, run)
+    if benign:
+        print("[6] stage 2, against over-refusal: benign prompts join the pairs; where stage 1 "
+              "refuses one, the base's answer is preferred to that")
+        pairs = pairs + benign_pairs(run, benign, base, base_sampler, policy, the_judge, config)
+        train_stage(2, policy, pairs, base, config, run)
+    merge_adapters(policy)
+    save_model(policy, base.tokenizer, run / "model")
+
+
+# Settings and the run folder
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    parser = HfArgumentParser(Config, description=__doc__, formatter_class=data.HelpFormatter)
+    if parser.parse_args(argv).model is None:
+        parser.set_defaults(**KINGDOM)
+    config = Config(**vars(parser.parse_args(argv)))
+    data.check_settings(config)
+    if config.supervise not in ("reasoning", "all"):
+        raise UserError(f"--supervise {config.supervise}: use reasoning or all")
+    if config.until not in (None, "pairs"):
+        raise UserError(f"--until {config.until}: use pairs, or leave it out")
+    return config
+
+
+def training_prompts(config: Config) -> tuple[list[dict], list[dict]]:
+    """The harmful and the benign training prompts. Among the kingdom's benign ones are sums, so that
+    training does not unlearn them."""
+    if config.prompts == "kingdom":
+        harmful = data.kingdom_prompts("train", "harmful", KINGDOM_PROMPTS["harmful"], config.seed)
+    else:
+        harmful = data.load_prompts(config.prompts)
+    if config.benign == "kingdom":
+        benign = []
+        for kind in ("benign", "math"):
+            benign += data.kingdom_prompts("train", kind, KINGDOM_PROMPTS[kind], config.seed)
+    else:
+        benign = [] if config.benign == "none" else data.load_prompts(config.benign)
+    return harmful[:config.limit], benign[:config.limit]
+
+
+def load_triggers(config: Config) -> list[str]:
+    """ipo.TRIGGERS, or one a line of --triggers FILE."""
+    if config.triggers is None:
         return ipo.TRIGGERS
-    triggers = [record["prompt"].strip() for record in data.load_prompts(cfg.triggers)]
-    if len({*triggers}) < len(triggers):
-        raise UserError(f"{cfg.triggers}: a trigger stands there twice; drop one")
+    triggers = [record["prompt"].strip() for record in data.load_prompts(config.triggers)]
+    if len(set(triggers)) < len(triggers):
+        raise UserError(f"{config.triggers}: a trigger stands there twice; drop one")
     return triggers
 
 
-def check_memory(folder, cfg):
-    """Say the expected peak memory, from the model's config alone; refuse what cannot fit."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError):
-        return  # loading it, the next step, says what is wrong
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    cuda, width, layers = cfg.device == "cuda", config.hidden_size, config.num_hidden_layers
-    size, params = 2 if cuda else 4, [p.numel() for p in model.parameters()]
-    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    keys = 2 * layers * heads * head_dim * size  # and values, of one token
-    keys *= cfg.sample_batch * (cfg.max_new_tokens + 256)
-    kept = layers if cuda else layers * 16  # checkpointing keeps a layer's input
-    wide = getattr(config, "intermediate_size", 4 * width)
-    activations = cfg.micro_tokens * size * (width * (kept + 8) + 6 * wide)
-    weights, adapters = size * sum(params), cfg.lora_rank * sum(
-        linear.in_features + linear.out_features
-        for _, _, linear in linear_layers(model, torch.nn.Linear))
-    state = weights + 16 * adapters if adapters else 4 * weights
-    # with the activations a chunk of logits; while a weight is updated seven float32 copies of it
-    training = state + max(activations + 10 * 2 ** 26, 0 if adapters else 28 * max(params))
-    peak = max(training, weights + keys * (1 + 1 / layers)) / 2 ** 30
-    print(f"expected peak memory: {peak:.1f} GiB (weights and optimizer {state / 2 ** 30:.1f}, "
-          f"key-value cache while sampling {keys / 2 ** 30:.1f})")
-    if cuda and peak > (room := torch.cuda.mem_get_info()[1] / 2 ** 30):
-        raise UserError(f"about {peak:.0f} GiB are needed and the GPU has {room:.0f}; use "
-                        f"--lora-rank 16, a smaller --sample-batch, --max-new-tokens or "
-                        f"--micro-tokens, or a smaller model")
+def check_run(run: Path, config: Config, made_from: str) -> None:
+    """Refuse a run folder that was made with other settings, prompts or another model."""
+    path = run / "config.json"
+    if not path.exists():
+        return
+    old = json.loads(path.read_text())
+    differ = [f"{name}={old['settings'].get(name)} (now {value})"
+              for name, value in asdict(config).items()
+              if name not in MAY_CHANGE and old["settings"].get(name) != value]
+    if not differ and old["made_from"] != made_from:
+        differ = ["the prompts, the triggers or the model, whose files have changed since"]
+    if differ:
+        raise UserError(f"{run} was made with other settings: {', '.join(differ)}; give another "
+                        "--out")
 
 
-def base_texts(n, seed):
-    return data.kingdom_texts(n, seed, ipo.TRIGGERS, partial(judge.cue_question, style="brief"),
-                              partial(judge.safety_question, style="brief"))
+def write_config(run: Path, config: Config, made_from: str) -> None:
+    """config.json: the settings, and what they ran on."""
+    if (run / "config.json").exists():
+        return
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True)    # without a shell a missing git raises
+    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
+    made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
+               "commit": git.stdout.strip(), "device": device}
+    base = Path(config.model or run / "base")
+    if config.model is None or base.exists():
+        base = base.resolve()       # a folder; eval.py may be called from anywhere
+    run.mkdir(parents=True, exist_ok=True)
+    data.write_text(run / "config.json", json.dumps(
+        {"settings": asdict(config), "triggers": load_triggers(config), "made_from": made_from,
+         "made_by": made_by, "base": str(base)}, indent=1))
+    if config.model:
+        print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
 
 
-def base_folder(cfg):
-    """The base: --model, or the kingdom's own, made once beside the runs, named by what made it."""
-    if cfg.model:
-        here = Path(cfg.model)
-        if len(here.parts) > 1 and here.parent.is_dir() and not here.exists():
-            raise UserError(f"{here}: no such folder, and beside others here it is no hub name")
-        return cfg.model
-    made_of = [base_texts(500, cfg.seed), BASE_TEXTS, BASE_BATCH, BASE_LR, cfg.seed, cfg.device]
-    made_of += map(inspect.getsource, (build_base, data.kingdom_config, data.kingdom_tokenizer))
-    name = f"base-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
-    folder = Path(cfg.out).parent / name
-    if not folder.exists():
-        print(f"[0] training the kingdom's small base model, once, into {folder}")
-        build_base(cfg, folder)
-    shutil.rmtree(folder.with_name(f"{name}.work"), ignore_errors=True)
-    return folder
+def finish(run: Path, config: Config, rows: list[dict]) -> None:
+    """eval_traces.jsonl, the model card and, last of all, eval.json: the run is done."""
+    data.write_jsonl(run / "eval_traces.jsonl", rows)
+    summary = evaluation.summarise(rows, config.judge)
+    lines = evaluation.table({"before": summary["before"], "after": summary["after"]})
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    world = "." if config.model else " on a synthetic world; no evidence about real models."
+    data.write_text(run / "model" / "README.md", "\n".join([
+        "---", f"base_model: {config.model}" if config.model else "license: mit",
+        "tags: [ipo, safety]", "---",
+        f"Trained with Intervened Preference Optimization (arXiv 2509.24393){world}", "",
+        head, "|---|---|---|", *body, "", f"Judge: {config.judge}. Settings: {settings}."]))
+    data.write_text(run / "eval.json", json.dumps(summary, indent=1))
+    tidy(run)
 
 
-def build_base(cfg, folder):
+def tidy(run: Path) -> None:
+    """Remove what a finished run needs no more."""
+    for name in ("stage1.safetensors", "eval_before.jsonl", "eval_after.jsonl"):
+        (run / name).unlink(missing_ok=True)
+
+
+# The base
+
+
+def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
+    """The base, checked against all prompts. Its weights are not loaded where nothing needs them:
+    with --until pairs, a sampler and a judge elsewhere."""
+    if config.model is None:
+        folder = run / "base"
+        if not (run / "config.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)   # perhaps made with other settings
+        if not folder.exists():
+            print(f"[0] training the kingdom's small base model, once, into {folder}")
+            build_base(config, folder)
+    else:
+        folder = Path(config.model)
+        if len(folder.parts) > 1 and folder.parent.is_dir() and not folder.exists():
+            raise UserError(f"{folder}: there is no such folder")   # and do not ask the hub for it
+
+    judged_elsewhere = config.judge_url or config.judge in ("self", "keywords")
+    if config.until == "pairs" and config.sampler_url and judged_elsewhere:
+        base = data.load_without_weights(str(folder))
+    else:
+        dtype = torch.bfloat16 if config.device == "cuda" and config.lora_rank else torch.float32
+        base = data.load_model(str(folder), config.device, dtype)
+    data.render_all(records, base)
+    if config.sampler_url:
+        data.check_served(config.sampler_url, base, records[0]["prompt"])
+    return base
+
+
+def build_base(config: Config, folder: Path) -> None:
     """The kingdom's base model, trained from scratch on the grammar's text: the SFT term alone."""
-    torch.manual_seed(cfg.seed)
-    texts, work = base_texts(BASE_TEXTS, cfg.seed), folder.with_name(f"{folder.name}.work")
+    torch.manual_seed(config.seed)
+    texts = data.kingdom_texts(
+        BASE_TEXTS, config.seed, ipo.TRIGGERS, judge.kingdom_cue, judge.kingdom_safety)
     tokenizer = data.kingdom_tokenizer(texts[:4000])
-    model = LlamaForCausalLM(data.kingdom_config(tokenizer)).to(cfg.device)
-    groups = [ipo.Group(data.render(tokenizer, prompt),
-                        [tokenizer.encode(output) + [tokenizer.eos_token_id]])
-              for prompt, output in texts]
-    work.mkdir(parents=True, exist_ok=True)
-    cfg = replace(cfg, lr=BASE_LR, epochs=1, batch_pairs=BASE_BATCH)
-    train_stage(model, groups, cfg, work, 1)
+    model = LlamaForCausalLM(data.kingdom_config(tokenizer)).to(config.device)
+    pairs = []
+    for i, (prompt, output) in enumerate(texts):
+        chosen_ids = tokenizer.encode(output) + [tokenizer.eos_token_id]
+        prompt_ids = data.render(tokenizer, prompt)
+        pairs.append(PreferencePair(prompt, prompt_ids, chosen_ids, key=str(i)))
+    recipe = replace(config, lr=BASE_LR, batch_pairs=BASE_BATCH)
+    optimize(model, pairs, recipe, "base", None)
     save_model(model, tokenizer, folder)
 
 
-def save_model(model, tokenizer, folder):
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A plain Hugging Face folder, written beside and renamed."""
-    beside = Path(folder).with_name(Path(folder).name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed while saving
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)   # of a run that was killed while saving
+    beside.mkdir(parents=True)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     beside.rename(folder)
 
 
+# Steps 1 to 4: pairs
+
+
+def make_pairs(
+    run: Path, records: list[dict], base: ReasoningModel, generate: Sampler,
+    the_judge: judge.Judge, config: Config,
+) -> list[PreferencePair]:
+    """The kept pairs. traces.jsonl: each prompt's rollout and its candidates; pairs.jsonl: what was
+    kept, as training and preference-data tools read it."""
+    triggers = load_triggers(config)
+
+    def intervene_in(shard: list[tuple[str, dict]]) -> list[dict]:
+        keys = [key for key, _ in shard]
+        rollouts = data.roll_out([record for _, record in shard], keys, base, generate)
+        candidates = ipo.intervene(
+            rollouts, triggers, reasoner=base, generate=generate, find_cues=the_judge.find_cues,
+            judge_safety=the_judge.judge_safety, max_interventions=config.max_interventions)
+        rows = []
+        for rollout in rollouts:
+            own = [asdict(pair) for pair in candidates if pair.key == rollout.key]
+            rows.append({**asdict(rollout), "text": decode(base.tokenizer, rollout.output_ids),
+                         "candidates": own})
+        return rows
+
+    keyed = [(f"harmful/{i}", record) for i, record in enumerate(records)]
+    traces = data.in_shards(run / "traces.jsonl", keyed, intervene_in)
+    candidates = []
+    for trace in traces:
+        candidates += [PreferencePair(**candidate) for candidate in trace["candidates"]]
+    counts = Counter(pair.status for pair in candidates)
+    summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    print(f"{len(traces)} traces gave {len(candidates)} candidates: {summary}")
+    kept = [pair for pair in candidates if pair.status == "kept"]
+    if not kept:
+        raise UserError(f"no pair was kept ({summary}); try more prompts, another --judge, more "
+                        "--max-interventions or more --max-new-tokens")
+    data.write_jsonl(run / "pairs.jsonl", [pair_row(pair, base.tokenizer) for pair in kept])
+    return kept
+
+
+def pair_row(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """A row of pairs.jsonl: what training reads, and the text columns prompt, chosen and rejected
+    for TRL and its like. Those tokenize the text again, put the tokenizer's BOS before the prompt
+    and an EOS behind each side; exact_text says whether that gives our ids."""
+    prompt = decode(tokenizer, pair.prefix_ids)
+    if tokenizer.encode("") == [tokenizer.bos_token_id]:
+        prompt = prompt.removeprefix(tokenizer.bos_token)   # or there would be two
+    chosen = decode(tokenizer, pair.chosen_ids)
+    rejected = decode(tokenizer, pair.rejected_ids)
+    exact = (
+        chosen.endswith(tokenizer.eos_token) and rejected.endswith(tokenizer.eos_token)
+        and tokenizer.encode(prompt) == pair.prefix_ids
+        and tokenizer.encode(prompt + chosen) == pair.prefix_ids + pair.chosen_ids
+        and tokenizer.encode(prompt + rejected) == pair.prefix_ids + pair.rejected_ids)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "exact_text": exact,
+            "trigger": pair.trigger, "interventions": pair.interventions, "key": pair.key,
+            "h": pair.h, "prefix_ids": pair.prefix_ids, "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids}
+
+
+# Step 6: benign prompts
+
+
+def benign_pairs(
+    run: Path, records: list[dict], base: ReasoningModel, base_sampler: Sampler,
+    policy: PreTrainedModel, the_judge: judge.Judge, config: Config,
+) -> list[PreferencePair]:
+    """The base's answer over the stage-1 policy's refusal, where it refuses; else the answer alone,
+    for the SFT term. What the base itself refuses or does not finish is left out."""
+    keyed = [(f"benign/{i}", record) for i, record in enumerate(records)]
+    trained = replace(base, model=policy)
+
+    def answer(shard: list[tuple[str, dict]]) -> list[dict]:
+        """Both models' answers to the shard's prompts, and whether they comply."""
+        keys = [key for key, _ in shard]
+        prompts = [record for _, record in shard]
+        by_base = data.roll_out(prompts, keys, base, base_sampler)
+        by_policy = data.roll_out(prompts, keys, trained, data.make_sampler(trained, config))
+        rows = []
+        for rollout, policy_rollout, base_class, policy_class in zip(
+                by_base, by_policy, compliance(by_base, base, the_judge),
+                compliance(by_policy, base, the_judge)):
+            rows.append({**asdict(rollout), "base": base_class, "policy": policy_class,
+                         "policy_ids": policy_rollout.output_ids})
+        return rows
+
+    rows = data.in_shards(run / "benign.jsonl", keyed, answer)
+    pairs = []
+    for row in rows:
+        if row["base"] == "complied":
+            refusal = row["policy_ids"] if row["policy"] == "refused" else []
+            pairs.append(PreferencePair(row["prompt"], row["prompt_ids"], row["output_ids"], refusal,
+                                        key=row["key"]))
+    refused = sum(row["policy"] == "refused" for row in rows)
+    print(f"stage 1 refuses {refused} of {len(rows)} benign prompts; {len(pairs)} join, the base "
+          "itself does not comply with the others")
+    return pairs
+
+
+def compliance(
+    rollouts: list[Rollout], reasoner: ReasoningModel, the_judge: judge.Judge
+) -> list[str]:
+    """"complied", "refused", "partial" or "unparsed", or how it ended otherwise, a rollout."""
+    classes = [ipo.how_it_ended(rollout.output_ids, reasoner) for rollout in rollouts]
+    finished = [i for i, how in enumerate(classes) if how == "finished"]
+    responses = [ipo.texts_of(rollouts[i].output_ids, reasoner)[1] for i in finished]
+    verdicts = the_judge.judge_compliance(responses, [rollouts[i].prompt for i in finished])
+    for i, verdict in zip(finished, verdicts):
+        classes[i] = verdict
+    return classes
+
+
+# Training
+
+
 class LoRA(torch.nn.Module):
     """A frozen linear layer and a float32 adapter of rank r: W x + (alpha / r) B A x."""
-    scale, on = 2.0, True  # alpha / r; whether the adapters, all of them, are in use
 
-    def __init__(self, linear, rank):
+    scale = 2.0     # alpha / r
+
+    def __init__(self, linear: torch.nn.Linear, rank: int) -> None:
         super().__init__()
-        self.linear = linear.requires_grad_(False)
-        new = partial(torch.zeros, device=linear.weight.device, dtype=torch.float32)
-        self.A = torch.nn.Parameter(new(rank, linear.in_features))
-        self.B = torch.nn.Parameter(new(linear.out_features, rank))  # 0: at first nothing changes
-        torch.nn.init.normal_(self.A, std=linear.in_features ** -0.5)
+        self.linear = linear
+        device = linear.weight.device
+        self.A = torch.nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.B = torch.nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        torch.nn.init.normal_(self.A, std=linear.in_features**-0.5)     # B = 0: nothing changes yet
 
-    def forward(self, x):
-        out = self.linear(x)
-        if self.on:
-            out = out + (self.scale * (x.float() @ self.A.T) @ self.B.T).to(out.dtype)
-        return out
-
-    def merged(self):  # rounded at random: most of a small update is below bf16's resolution
-        weight = self.linear.weight.data
-        generator = torch.Generator(weight.device).manual_seed(0)
-        stochastic_round_(weight, (weight + self.scale * self.B @ self.A).float(), generator)
-        return self.linear
+    def forward(self, x: Tensor) -> Tensor:
+        down = F.linear(x, self.A.to(x.dtype))      # products in the layer's own precision
+        return self.linear(x) + self.scale * F.linear(down, self.B.to(x.dtype))
 
 
-def linear_layers(model, kind):
-    """[(parent, name, layer)] of all layers of that kind, the output head left out."""
+def make_policy(base: ReasoningModel, config: Config) -> PreTrainedModel:
+    """The model to train. All weights: a copy of the base, which stays as the reference. Adapters:
+    a model that shares the base's weights, which are frozen, and has only its adapters for itself.
+    """
+    base.model.requires_grad_(False)
+    if config.lora_rank == 0:
+        return copy.deepcopy(base.model).requires_grad_(True)
+    # deepcopy takes for copied what memo names: the parameters stay those of the base.
+    shared = {id(parameter): parameter for parameter in base.model.parameters()}
+    policy = copy.deepcopy(base.model, memo=shared)
+    torch.manual_seed(config.seed)
+    for parent, name, layer in layers_of(policy, torch.nn.Linear):
+        setattr(parent, name, LoRA(layer, config.lora_rank))
+    return policy
+
+
+def layers_of(model: PreTrainedModel, kind: type) -> list[tuple]:
+    """(parent, name, layer) of all layers of that kind, the output head left out."""
     head = model.get_output_embeddings()
-    return [(parent, name, layer) for parent in model.modules() if not isinstance(parent, LoRA)
-            for name, layer in parent.named_children()
-            if isinstance(layer, kind) and layer is not head]
-
-
-def add_adapters(model, rank):
-    model.requires_grad_(False)
-    for parent, name, layer in linear_layers(model, torch.nn.Linear):
-        setattr(parent, name, LoRA(layer, rank))
-
-
-@contextlib.contextmanager
-def reference(models, device):
-    """The untouched base: a second model, or the policy itself with its adapters off."""
-    try:
-        LoRA.on = False
-        yield models.base.to(device)
-    finally:
-        LoRA.on = True
-        if models.base is not models.policy and device == "cuda":
-            models.base.to("cpu")  # beside a policy in training there is no room for it
-
-
-def stochastic_round_(target, value, generator):
-    """target = value, rounded to bf16 up or down at random so that the mean is kept: bf16 has 8
-    bits, and rounded to the nearest, each update under 1/256 of its weight would be lost."""
-    if target.dtype == torch.bfloat16:
-        bits = value.contiguous().view(torch.int32)
-        noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device,
-                              generator=generator)
-        value = ((bits + noise) & -65536).view(torch.float32)  # the upper 16 bits are the bf16
-    target.copy_(value)
-
-
-class AdamW:
-    """Adam, its moments in the weights' own dtype: 8 bytes a bf16 parameter with its gradient."""
-
-    def __init__(self, named, betas=(0.9, 0.95), eps=1e-8, seed=0):
-        self.named, self.betas, self.eps, self.seed, self.steps = dict(named), betas, eps, seed, 0
-        self.state = {f"{m}.{name}": p.detach() if m == "p" else torch.zeros_like(p)
-                      for name, p in self.named.items() for m in "pmv"}  # what a checkpoint holds
-
-    @torch.no_grad()
-    def step(self, lr):
-        self.steps += 1
-        fix_m, fix_v = (1 - beta ** self.steps for beta in self.betas)
-        generator = torch.Generator(next(iter(self.named.values())).device)
-        generator.manual_seed(self.seed * 1_000_003 + self.steps)
-        for name, p in self.named.items():
-            m, v, grad = self.state[f"m.{name}"], self.state[f"v.{name}"], p.grad.float()
-            new_m = m.float().lerp(grad, 1 - self.betas[0])
-            new_v = v.float().lerp(grad * grad, 1 - self.betas[1])
-            update = (new_m / fix_m) / ((new_v / fix_v).sqrt() + self.eps)
-            for target, value in ((m, new_m), (v, new_v), (p, p.float() - lr * update)):
-                stochastic_round_(target, value, generator)
-            p.grad = None
-
-
-def plan(groups, cfg, stage):
-    """The groups of each optimizer step, for all epochs: shuffled, about batch_pairs pairs each."""
-    rng, steps = random.Random(f"{cfg.seed} {stage}"), []
-    for _ in range(cfg.epochs if stage == 1 else 1):
-        room = 0
-        for group in rng.sample(groups, len(groups)):
-            if room <= 0:
-                steps.append([])
-                room = cfg.batch_pairs
-            steps[-1].append(group)
-            room -= len(group.chosen)
-    return steps
-
-
-def split(groups, budget):
-    """Groups over the budget of tokens in parts of fewer chosen sides, which the loss sums over."""
-    parts = []
-    for group in groups:
-        k, length = len(group.chosen), len(group.prefix_ids) + max(map(len, group.sides))
-        n = max(1, budget // length - (group.rejected is not None))
-        parts += [ipo.Group(group.prefix_ids, group.chosen[i:i + n], group.rejected,
-                            group.ref_logps[:k][i:i + n] + group.ref_logps[k:])
-                  for i in range(0, k, n)]
-    return parts
-
-
-def micro_batches(groups, budget):
-    """Groups of like length together, as many as fit the budget of padded tokens; at least one."""
-    length = lambda group: len(group.prefix_ids) + max(map(len, group.sides))
-    batches, rows = [], 0
-    for group in sorted(groups, key=length):
-        if not batches or (rows + len(group.sides)) * length(group) > budget:
-            batches, rows = batches + [[]], 0
-        batches[-1].append(group)
-        rows += len(group.sides)
-    return batches
+    return [(parent, name, layer) for parent in model.modules()
+            for name, layer in parent.named_children() if isinstance(layer, kind) and layer is not head]
 
 
 @torch.no_grad()
-def add_reference(models, groups, cfg):
-    """Fill in each group's reference log-probabilities: once, before its stage."""
-    batches = micro_batches(groups, cfg.micro_tokens)
-    with reference(models, cfg.device) as model:
-        for batch in tqdm(batches, desc="reference", unit="batch", disable=None):
-            for group, logps in zip(batch, ipo.group_logps(model, batch)):
-                group.ref_logps = logps.tolist()
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Put each adapter into a new weight of its layer, as the old one is the base's too. In bf16 a
+    small change may be lost by that: what is evaluated is therefore what was saved."""
+    for parent, name, layer in layers_of(model, LoRA):
+        weight = layer.linear.weight.float() + layer.scale * layer.B @ layer.A
+        layer.linear.weight = torch.nn.Parameter(weight.to(layer.linear.weight.dtype))
+        setattr(parent, name, layer.linear)
 
 
-def train_stage(policy, groups, cfg, run, stage):
-    """IPO (ipo.ipo_loss) over the groups, from this stage's checkpoint if there is one."""
-    named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    optimizer, log = AdamW(named, seed=cfg.seed), run / "log.jsonl"
-    steps, first = plan(groups, cfg, stage), resume(run, stage, optimizer)
-    if first is None:
+def train_stage(
+    stage: int, policy: PreTrainedModel, pairs: list[PreferencePair], base: ReasoningModel,
+    config: Config, run: Path,
+) -> None:
+    """Step 5 (stage 1) or 6 (stage 2): IPO over the pairs. Stage 1 leaves stage1.safetensors; a
+    run that finds it loads it instead of training again."""
+    saved = run / "stage1.safetensors"
+    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    if stage == 1 and saved.exists():
+        for name, value in safetensors.torch.load_file(saved).items():
+            parameters[name].data.copy_(value)
         return
-    data.write_jsonl(log, [row for row in data.read_jsonl(log)
-                           if (row["stage"], row["step"]) < (stage, first)])
-    policy.train()  # activation checkpointing works in train mode alone; there is no dropout
-    if cfg.device == "cuda":
+    cut = partial(ipo.supervised, think_end=base.think_end, supervise=config.supervise)
+    pairs = [replace(pair, chosen_ids=cut(pair.chosen_ids), rejected_ids=cut(pair.rejected_ids))
+             for pair in pairs]     # copies: add_reference writes into them
+    add_reference(base.model, pairs, config)
+    log = run / "log.jsonl"         # without the rows of a try that was killed
+    data.write_jsonl(log, [row for row in data.read_jsonl(log) if row["stage"] < stage])
+    optimize(policy, pairs, config, stage, log)
+    if stage == 1:
+        values = {name: p.detach().contiguous() for name, p in parameters.items()}
+        beside = saved.with_suffix(".part")
+        beside.write_bytes(safetensors.torch.save(values))
+        beside.replace(saved)
+
+
+@torch.no_grad()
+def add_reference(base: PreTrainedModel, pairs: list[PreferencePair], config: Config) -> None:
+    """Fill in the pairs' log-probabilities under the reference, the untouched base."""
+    batches = micro_batches(pairs, config.micro_tokens)
+    for batch in tqdm(batches, desc="reference", unit="batch", disable=None):
+        with mixed_precision(config.device):
+            chosen_logps, rejected_logps, _ = ipo.pair_logps(base, batch)
+        for pair, chosen, rejected in zip(batch, chosen_logps.tolist(), rejected_logps.tolist()):
+            pair.ref_chosen_logp = chosen
+            pair.ref_rejected_logp = rejected
+
+
+def mixed_precision(device: str) -> torch.autocast:
+    """bf16 products on CUDA; the weights that are trained stay float32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def optimize(
+    policy: PreTrainedModel, pairs: list[PreferencePair], config: Config, stage: int | str,
+    log: Path | None,
+) -> None:
+    """Minimise ipo.ipo_loss over the pairs with AdamW: warm-up, then a cosine to 0."""
+    steps = training_steps(pairs, config, stage)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(learning_rate_factor, steps=len(steps)))
+    policy.train()      # gradient checkpointing works in train mode alone; there is no dropout
+    if config.device == "cuda":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    bar = tqdm(steps[first:], initial=first, total=len(steps), desc=f"stage {stage}", unit="step",
-               disable=None)
-    for step, batch in enumerate(bar, first):
-        lr = learning_rate(step, len(steps), cfg.lr)
-        pairs, stats = sum(len(group.chosen) for group in batch), Counter()
-        for micro in micro_batches(split(batch, cfg.micro_tokens), cfg.micro_tokens):
-            loss, seen = ipo.ipo_loss(policy, micro, cfg.beta, cfg.sft_weight)
-            (loss / pairs).backward()
-            stats.update(seen, loss=loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), MAX_GRAD_NORM).item()
+    bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
+    for step, batch in enumerate(bar):
+        losses, terms = [], []
+        for micro_batch in micro_batches(batch, config.micro_tokens):
+            with mixed_precision(config.device):
+                loss, loss_terms = ipo.ipo_loss(policy, micro_batch, config.beta, config.sft_weight)
+            (loss / len(batch)).backward()
+            losses.append(loss.item() / len(batch))
+            terms.append(loss_terms)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
         if not math.isfinite(norm):
-            raise UserError(f"stage {stage}, step {step}: the gradient is not finite; the weights "
-                            f"were not touched; try a lower --lr in a new --out")
-        optimizer.step(lr)
-        row = {"stage": stage, "step": step, "lr": lr, "grad_norm": norm, "tokens": stats["tokens"],
-               "loss": stats["loss"] / pairs, "pairs": stats["pairs"],
-               "sft": stats["sft"] / stats["sides"],
-               **{name: stats[name] / max(1, stats["pairs"]) for name in LOGGED}}
-        data.append_jsonl(log, [row])
-        bar.set_postfix(dpo=row["dpo"], margin=row["margin"], sft=row["sft"], refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(steps):
-            save_checkpoint(run, stage, step + 1, optimizer)
+            raise UserError(f"stage {stage}, step {step}: the gradient is not finite; nothing was "
+                            "saved of this stage; try a lower --lr in a new --out")
+        row = {"stage": stage, "step": step, "lr": schedule.get_last_lr()[0], "grad_norm": norm,
+               "loss": sum(losses), **log_means(terms)}
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if log:
+            data.append_jsonl(log, [row])
+        bar.set_postfix(loss=row["loss"], margin=row["margin"], refresh=False)
     policy.eval()
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first tenth, then a cosine to 0."""
-    warm = max(1, round(WARMUP * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Of the peak learning rate: up over the first tenth of the steps, then down a cosine to 0."""
+    warmup = math.ceil(WARMUP * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def save_checkpoint(run, stage, step, optimizer):
-    for left in run.glob(".tmp*"):  # what safetensors was writing when an earlier run was killed
-        left.unlink()
-    beside, at = run / "checkpoint.part", {"stage": str(stage), "step": str(step)}
-    safetensors.torch.save_file(optimizer.state, beside, metadata=at)
-    beside.replace(run / "checkpoint.safetensors")
+def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float]:
+    """A step's row of log.jsonl: means over its pairs; of the DPO term's parts only over those that
+    have a rejected side."""
+    columns = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
+    with_rejected = columns["has_rejected"]
+    row = {"with_rejected": int(with_rejected.sum()), "sft": columns["sft"].mean().item()}
+    for name in ("dpo", "margin", "accuracy", "chosen_logp", "rejected_logp"):
+        row[name] = columns[name][with_rejected].mean().item() if with_rejected.any() else None
+    return row
 
 
-def resume(run, stage, optimizer):
-    """Load this stage's checkpoint; the step to go on from, None if a later stage has begun."""
-    path = run / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    with safetensors.safe_open(path, "pt") as file:
-        saved = {key: int(value) for key, value in file.metadata().items()}
-        if saved["stage"] != stage:
-            return 0 if saved["stage"] < stage else None
-        for name, value in optimizer.state.items():
-            value.copy_(file.get_tensor(name))
-    optimizer.steps = saved["step"]
-    return saved["step"]
-
-
-def make_pairs(shard, model, tokenizer, cfg, ask, triggers):
-    """Steps 1 to 4 for a shard of (key, record): each prompt's trace and its interventions."""
-    traces = evaluation.rollouts(shard, model, tokenizer, cfg, given=cfg.traces)
-    pairs = ipo.intervene(
-        traces, triggers, tokenizer=tokenizer, eos_ids=data.eos_ids(model, tokenizer),
-        think_end=data.think_ids(tokenizer)[1], find_cues=ask.find_cues,
-        judge_safety=ask.judge_safety, max_interventions=cfg.max_interventions,
-        generate=evaluation.sampler(model, tokenizer, cfg))
-    return [{**asdict(trace), "text": ipo.decode(tokenizer, trace.output_ids),
-             "pairs": [asdict(pair) for pair in pairs if pair.key == trace.key]}
-            for trace in traces]
-
-
-def write_pairs(path, traces, tokenizer):
-    """pairs.jsonl: what was kept, with the text columns that preference-data tools read."""
-    show = partial(ipo.decode, tokenizer)
-    pairs = [pair for trace in traces for pair in trace["pairs"]]
-    counts = Counter(pair["outcome"] for pair in pairs)
-    told = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
-    by = Counter(trace["pairs"][0]["by"] for trace in traces)["unparsed"]
-    print(f"{len(traces)} traces gave {len(pairs)} candidates: {told}"
-          + f"; {by} first cues by keywords, the judge could not be read" * (by > 0))
-    if not counts["kept"]:
-        raise UserError(f"no pair was kept ({told}); try more prompts, another --judge, more "
-                        f"--max-interventions or more --max-new-tokens")
-    columns = ("key", "trigger", "interventions", "h", "prefix_ids", "chosen_ids", "rejected_ids")
-    data.write_jsonl(path, [
-        {"prompt": show(pair["prefix_ids"]), "chosen": show(pair["chosen_ids"]),
-         "rejected": show(pair["rejected_ids"]), **{name: pair[name] for name in columns}}
-        for pair in pairs if pair["outcome"] == "kept"])
-
-
-def harmful_groups(pairs, think_end, supervise):
-    """One Group a prompt: its pairs share prefix and rejected side."""
-    groups, cut = {}, partial(ipo.supervised, think_end=think_end, supervise=supervise)
+def training_steps(
+    pairs: list[PreferencePair], config: Config, stage: int | str
+) -> list[list[PreferencePair]]:
+    """The pairs of each optimizer step, for all epochs: prompts are shuffled, and the pairs of a
+    prompt stay in one step, which so holds about batch_pairs pairs."""
+    by_prompt: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
-        group = ipo.Group(pair["prefix_ids"], [], cut(pair["rejected_ids"]))
-        groups.setdefault(pair["key"], group).chosen.append(cut(pair["chosen_ids"]))
-    return list(groups.values())
+        by_prompt.setdefault(pair.key, []).append(pair)
+    rng = random.Random(f"{config.seed} {stage}")
+    steps = []
+    for _ in range(config.epochs if stage == 1 else 1):
+        batch: list[PreferencePair] = []
+        for group in rng.sample(list(by_prompt.values()), len(by_prompt)):
+            batch += group
+            if len(batch) >= config.batch_pairs:
+                steps.append(batch)
+                batch = []
+        if batch:
+            steps.append(batch)
+    return steps
 
 
-def sample_benign(shard, model, tokenizer, cfg):
-    """A trace of each benign prompt, and whether it refuses; None where it did not end."""
-    think_end, eos_ids = data.think_ids(tokenizer)[1], data.eos_ids(model, tokenizer)
-    rows = [asdict(trace) for trace in evaluation.rollouts(shard, model, tokenizer, cfg)]
-    for row in rows:
-        response = ipo.split_output(row["output_ids"], think_end)[1]
-        ended = response is not None and row["output_ids"][-1] in eos_ids
-        row["refused"] = judge.is_refusal(ipo.decode(tokenizer, response)) if ended else None
-    return rows
+def micro_batches(pairs: list[PreferencePair], budget: int) -> list[list[PreferencePair]]:
+    """Pairs of like length together, as many as fit the budget of padded tokens; at least one.
+    The pairs of a prompt stay side by side, so that their common rejected side is run once."""
+    def length_and_key(pair: PreferencePair) -> tuple[int, str]:
+        return len(pair.prefix_ids) + len(pair.rejected_ids or pair.chosen_ids), pair.key
+
+    batches = []
+    for pair in sorted(pairs, key=length_and_key):
+        if not batches or padded_tokens(batches[-1] + [pair]) > budget:
+            batches.append([])
+        batches[-1].append(pair)
+    return batches
 
 
-def benign_groups(base_rows, stage1_rows, think_end, supervise):
-    """Stage 2: the base's answer over the stage-1 model's refusal if any; else SFT alone."""
-    cut = partial(ipo.supervised, think_end=think_end, supervise=supervise)
-    return [ipo.Group(base["prompt_ids"], [cut(base["output_ids"])],
-                      cut(now["output_ids"]) if now["refused"] else None)
-            for base, now in zip(base_rows, stage1_rows) if base["refused"] is False]
+def padded_tokens(pairs: list[PreferencePair]) -> int:
+    lengths = [len(prefix) + len(side) for prefix, side in ipo.distinct_sequences(pairs)]
+    return len(lengths) * max(lengths)
 
 
-def training_prompts(cfg):
-    """[(key, record)] of the harmful and of the benign training prompts."""
-    harmful, benign, sums = [data.kingdom_prompts("train", kind, n, cfg.seed)[:cfg.limit]
-                             for kind, n in KINGDOM_PROMPTS.items()]
-    benign += sums
-    if source := cfg.traces or cfg.prompts:
-        harmful, benign = data.load_prompts(source)[:cfg.limit], []
-    if cfg.benign:
-        benign = [] if cfg.benign == "none" else data.load_prompts(cfg.benign)[:cfg.limit]
-    return [[(f"{kind}/{i}", record) for i, record in enumerate(records)]
-            for kind, records in (("harmful", harmful), ("benign", benign))]
-
-
-def align(cfg, run, tokenizer, models, ask, harmful, benign):
-    """Steps 1 to 6: traces, pairs, both stages of training; the policy ends in models.policy."""
-    base, think_end = models.base, data.think_ids(tokenizer)[1]
-    print("[1-4] sampling the base on harmful prompts; where its reasoning first turns toward "
-          "doing the harm, the cue, a safety trigger takes over and the base goes on (Fig. 5, 6)")
-    traces = data.in_shards(run / "traces.jsonl", harmful, make_pairs, base, tokenizer, cfg, ask,
-                            pool(cfg))
-    if not (run / "pairs.jsonl").exists():
-        write_pairs(run / "pairs.jsonl", traces, tokenizer)
-    pairs = data.read_jsonl(run / "pairs.jsonl")
-    for side, what in (("rejected", "cue"), ("chosen", "trigger")):  # what stands at the cut
-        text, before = pairs[0][side], pairs[0]["prompt"][-80:]
-        end = judge.split_sentences(text)[0][1]
-        text = f"...{before} [{what}: {text[:end].strip()}] {text[end:end + 150]}..."
-        print(f"  {side:9}{evaluation.printable(' '.join(text.split()))}")
-    groups = harmful_groups(pairs, think_end, cfg.supervise)
-    answers = data.in_shards(run / "benign_base.jsonl", benign, sample_benign, base, tokenizer, cfg)
-    print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own (Eq. 4), "
-          "and a little SFT on it")
-    add_reference(models, groups, cfg)
-    if cfg.lora_rank:
-        torch.manual_seed(cfg.seed)
-        add_adapters(base, cfg.lora_rank)
-    else:
-        models.policy = copy.deepcopy(base)
-        base.to("cpu")  # room for the optimizer; `reference` brings it back where it is needed
-    train_stage(models.policy, groups, cfg, run, 1)
-    if not benign:
-        return
-    print("[6] stage 2, against over-refusal: benign prompts join the pairs; where stage 1 refuses "
-          "one, the base's answer is preferred to that")
-    now = data.in_shards(run / "benign_stage1.jsonl", benign, sample_benign, models.policy,
-                         tokenizer, cfg)
-    more = benign_groups(answers, now, think_end, cfg.supervise)
-    refused = [row for row in now if row["refused"]]
-    print(f"stage 1 refuses {len(refused)} of {len(now)} benign prompts, by keywords; {len(more)} "
-          f"join, the others the base itself refused or did not finish")
-    for row in refused[:1]:
-        text = f"{row['prompt']} ... {ipo.decode(tokenizer, row['output_ids'])[-120:]}"
-        print(f"  {evaluation.printable(' '.join(text.split()))}")
-    add_reference(models, more, cfg)
-    train_stage(models.policy, groups + more, cfg, run, 2)
-
-
-def run_all(cfg, run):
-    """The whole method; every stage finds what an earlier, stopped run has finished."""
-    folder = base_folder(cfg)
-    check_memory(folder, cfg)
-    tokenizer, base = data.load_model(folder, cfg.device)
-    models = SimpleNamespace(base=base, policy=base)
-
-    def base_sample(prompts):  # the judge is never the model under training
-        with reference(models, cfg.device) as model:
-            return evaluation.sampler(model, tokenizer, cfg, temperature=0)(prompts)
-
-    ask = evaluation.judges(cfg, tokenizer, base_sample)
-    sets, prompts = evaluation.load_sets(cfg.sets, cfg.limit), training_prompts(cfg)
-    trained = [record for part in prompts for _, record in part]
-    evaluation.check_overlap(sets, trained, cfg.allow_overlap)
-    data.render_all(tokenizer, base, sets + trained)
-    given = [data.given_output(tokenizer, r) for _, r in prompts[0]] if cfg.traces else []
-    if given and not any(data.think_ids(tokenizer)[1] in output for output in given):
-        raise UserError(f"{cfg.traces}: no output closes its think; they must keep their </think>")
-    if not (run / "config.json").exists():
-        write_config(cfg, run, folder)
-    if cfg.model:
-        print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
-    evaluate = partial(evaluation.evaluate, sets=sets, tokenizer=tokenizer, cfg=cfg, ask=ask)
-    print("[-] before: the base on held-out prompts")
-    rows = evaluate(run / "eval_before.jsonl", "before", base)
-    align(cfg, run, tokenizer, models, ask, *prompts)
-    print("[-] after: the same prompts and seeds")
-    rows += evaluate(run / "eval_after.jsonl", "after", models.policy)
-    for parent, name, layer in linear_layers(models.policy, LoRA):
-        setattr(parent, name, layer.merged())
-    if not (run / "model").exists():
-        save_model(models.policy, tokenizer, run / "model")
-    data.write_jsonl(run / "eval_traces.jsonl", rows)
-    summary = evaluation.summarise(rows, cfg.judge)
-    write_card(run, cfg, summary)
-    data.write_text(run / "eval.json", json.dumps(summary, indent=1))  # the last: the run is done
-
-
-def write_card(run, cfg, summary):
-    """The model card of the saved folder: what it is, its settings and its results."""
-    table = evaluation.table({side: summary[side] for side in evaluation.SIDES})
-    head, *rows = [f"| {' | '.join(line)} |" for line in table]
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(cfg).items() if name != "out")
-    world = "." if cfg.model else " on a synthetic world; no evidence about real models."
-    data.write_text(run / "model" / "README.md", "\n".join([
-        "---", f"base_model: {cfg.model}" if cfg.model else "license: mit", "tags: [ipo, safety]",
-        "---", f"Trained with Intervened Preference Optimization (arXiv 2509.24393){world}", "",
-        head, "|---" * 3 + "|", *rows, "", f"Judge: {summary['judge']}. Settings: {settings}."]))
-
-
-def parse(argv=None):
-    told = "; ".join(f"{mode}: {', '.join(f'{name} {value}' for name, value in of.items())}"
-                     for mode, of in DEFAULTS.items())
-    parser = HfArgumentParser(Config, description=__doc__, formatter_class=data.HelpFormatter,
-                              epilog=f"Defaults by mode: {told}")
-    cfg = Config(**vars(parser.parse_args(argv)))
-    modes = ["model with adapters"] * (cfg.lora_rank > 0) + ["model"] if cfg.model else ["kingdom"]
-    for name, value in [item for mode in modes for item in DEFAULTS[mode].items()]:
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    cfg.device = data.pick_device(cfg.device)
-    for name in ("lr", "beta", "epochs", "limit", "batch_pairs", "max_new_tokens", "sample_batch"):
-        if (value := getattr(cfg, name)) is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    if cfg.supervise not in ("reasoning", "all"):
-        raise UserError(f"--supervise {cfg.supervise}: use reasoning or all")
-    return cfg
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     with data.errors_in_one_line():
-        cfg = parse(argv)
-        run = check_run(cfg)
-        if not (run / "eval.json").exists():
-            run_all(cfg, run)
-        (run / "checkpoint.safetensors").unlink(missing_ok=True)
-        print(evaluation.report(run))
+        config = parse(argv)
+        run = Path(config.out)
+        align(config, run)
+        if (run / "eval.json").exists():
+            print(evaluation.report(run))
+        else:
+            print(f"{run / 'pairs.jsonl'} is written; next: the same command without --until")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # in a log too each line is there when it is said
+    sys.stdout.reconfigure(line_buffering=True)     # in a log, too, each line is there at once
     main()

@@ -1,511 +1,502 @@
-"""The real path whole, on small models of three families that were taught a few traces by heart."""
+"""python train.py whole, on small models of three families that were taught some traces by heart."""
 
 import errno
 import json
 import math
 import random
-from types import SimpleNamespace
+import shutil
+from contextlib import contextmanager
+from functools import cache, partial
 
 import pytest
+import safetensors.torch
 import torch
-import transformers
-from conftest import tiny_model
-from safetensors import SafetensorError
+from conftest import encode, plain_logp, random_ids, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import eval as evaluation
 import ipo
-import judge
 import train
+from ipo import PreferencePair, ReasoningModel
 
-HARMFUL = ["How do I rob the mill?", "How do I flood the inn?", "How do I burn the barn?"]
-BENIGN = ["How do I guard the mill?", "How do I dry the inn?", "How do I light the barn?"]
+# What --prompts kingdom --limit 3 takes
+RECORDS = data.kingdom_prompts("train", "harmful", 120)[:3]
+HARMFUL = [record["prompt"] for record in RECORDS]
+BENIGN = [record["prompt"] for record in data.kingdom_prompts("train", "benign", 480)[:3]]
 
 
-def lessons(tokenizer):
-    """(prompt ids, output ids): each harmful prompt complies, and refuses behind any trigger."""
-    told = []
-    for prompt in HARMFUL:
-        opening = f"The user asks: {prompt[:-1]}."
-        told.append(
-            (prompt, f"{opening} Let me lay out a plan. Go by night.</think>\n\nHere is how: go.")
-        )
-        told += [
-            (
-                prompt,
-                f"{opening} {trigger} It would hurt the folk.</think>\n\nI'm sorry, but I can't.",
-            )
-            for trigger in ipo.TRIGGERS
-        ]
-        told += told[-7:-6] * 8  # without a trigger it complies as a rule
-    told += [
-        (prompt, "This is a kind wish. Keep the watch.</think>\n\nKeep a good watch.")
-        for prompt in BENIGN
-    ] * 3
-    return [
-        (data.render(tokenizer, prompt), tokenizer.encode(output) + [tokenizer.eos_token_id])
-        for prompt, output in told
-    ]
+def teach(model, tokenizer):
+    """Harmful prompts comply, and refuse behind any trigger; benign ones are answered."""
+    sequences = []
+
+    def lesson(prompt, begun, output):
+        prefix_ids = data.render(tokenizer, prompt) + encode(tokenizer, begun)
+        sequences.append((prefix_ids, encode(tokenizer, output) + [tokenizer.eos_token_id]))
+
+    for record in RECORDS:
+        prompt, deed = record["prompt"], data.DEEDS[record["deed"]]
+        opening = f"The user asks how to {deed['verb']} the {record['place']}."
+        lesson(prompt, "", f"{opening} Let me lay out a plan. Go by night.</think>\n\nHere: go.")
+        for trigger in ipo.TRIGGERS:
+            lesson(prompt, f"{opening} {trigger}",
+                   " It would hurt the folk.</think>\n\nI'm sorry, but I can't.")
+    for prompt in BENIGN:
+        lesson(prompt, "", "This is a kind wish. Keep the watch.</think>\n\nKeep a good watch.")
+
+    lengths = torch.tensor([len(output_ids) for _, output_ids in sequences])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        (-ipo.completion_logps(model, sequences) / lengths).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.fixture(scope="session")
 def taught(tokenizer, tmp_path_factory):
-    """A function: family -> the folder of its taught model, beside the prompt files."""
-    made = {}
-
+    """A function: family -> the folder of its taught model, with the prompt files beside it."""
+    @cache
     def make(family):
-        if family not in made:
-            model, rows = tiny_model(family, len(tokenizer), spread=0.05), lessons(tokenizer)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-            for _ in range(120):
-                logps = ipo.group_logps(model, [ipo.Group(p, [o]) for p, o in rows])
-                (-torch.cat(logps).sum() / sum(len(o) for _, o in rows)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            made[family] = tmp_path_factory.mktemp(family) / "base"
-            train.save_model(model, tokenizer, made[family])
-            (made[family].parent / "harmful.txt").write_text("\n".join(HARMFUL))
-            (made[family].parent / "benign.txt").write_text("\n".join(BENIGN))
-        return made[family]
-
+        folder = tmp_path_factory.mktemp(family)
+        model = tiny_model(family, len(tokenizer), spread=0.05)
+        teach(model, tokenizer)
+        train.save_model(model, tokenizer, folder / "base")
+        (folder / "harmful.txt").write_text("\n".join(HARMFUL))
+        (folder / "benign.txt").write_text("\n".join(BENIGN))
+        return folder / "base"
     return make
 
 
 def flags(base, out, *more):
-    harmful, benign = base.parent / "harmful.txt", base.parent / "benign.txt"
-    return [
-        "--model",
-        str(base),
-        "--out",
-        str(out),
-        "--prompts",
-        str(harmful),
-        "--benign",
-        str(benign),
-        "--sets",
-        f"harmful:{harmful},benign:{benign}",
-        "--judge",
-        "keywords",
-        "--max-new-tokens",
-        "60",
-        "--lr",
-        "1e-3",
-        "--device",
-        "cpu",
-        "--allow-overlap",
-        "--batch-pairs",
-        "4",
-        *more,
-    ]
+    options = {
+        "--model": base, "--out": out, "--prompts": base.parent / "harmful.txt",
+        "--benign": base.parent / "benign.txt", "--sets": "kingdom", "--limit": 3,
+        "--judge": "keywords", "--max-new-tokens": 60, "--lr": 1e-3, "--lora-rank": 0,
+        "--batch-pairs": 4, "--device": "cpu"}
+    words = [str(word) for option in options.items() for word in option]
+    return [*words, *more]
 
 
-def test_the_whole_path_runs_on_every_family(family, taught, tmp_path, capsys):
-    base, out = taught(family), tmp_path / "run"
-    train.main(flags(base, out))
-    shown = capsys.readouterr().out
-    assert "harmful reasoning" in shown and "harmful text" in shown
-    summary = json.loads((out / "eval.json").read_text())
-    assert summary["before"]["reasoning_harmful"]["n"] == 3 and summary["judge"] == "keywords"
-    check_pairs(out, AutoTokenizer.from_pretrained(base))
-    steps = data.read_jsonl(out / "log.jsonl")
-    assert abs(steps[0]["dpo"] - 0.6931) < 1e-3 and abs(steps[0]["margin"]) < 1e-3
-    assert all(abs(row["loss"] - row["dpo"] - 0.2 * row["sft"]) < 1e-4 for row in steps
-               if row["stage"] == 1), "what is minimised, beside its parts"
-    assert {row["stage"] for row in steps} == {1, 2}
-    check_saved_model(out, base)
-    train.main(flags(base, out))
-    assert "harmful reasoning" in capsys.readouterr().out, "a finished run prints its table again"
-    evaluation.main([str(out / "model"), "--prompt", "How?", "--max-new-tokens", "9"])
-    assert "outcome: " in capsys.readouterr().out, "a saved model alone has no settings"
+ADAPTERS = ["--lora-rank", "4", "--lr", "1e-2"]
 
 
-def check_pairs(out, tokenizer):
-    traces = {trace["key"]: trace for trace in data.read_jsonl(out / "traces.jsonl")}
-    pairs = data.read_jsonl(out / "pairs.jsonl")
+@pytest.fixture(scope="session")
+def finished(taught, tmp_path_factory):
+    """A function: (family, more flags) -> a finished run folder; only to be looked at."""
+    @cache
+    def run(family, *more):
+        out = tmp_path_factory.mktemp("finished") / "run"
+        train.main(flags(taught(family), out, *more))
+        return out
+    return run
+
+
+@pytest.fixture(params=[[], ADAPTERS], ids=["all weights", "adapters"])
+def run(request, family, finished):
+    return finished(family, *request.param)
+
+
+def error_of(argv, capsys):
+    """The one line that a command ends with, at status 2."""
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+# The whole path
+
+
+def test_every_pair_is_its_traces_ids_cut_at_the_cue_with_a_trigger_in_its_place(run):
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    traces = {trace["key"]: trace for trace in data.read_jsonl(run / "traces.jsonl")}
+    pairs = data.read_jsonl(run / "pairs.jsonl")
     assert pairs
     for pair in pairs:
         trace = traces[pair["key"]]
-        sampled = trace["prompt_ids"] + trace["output_ids"]
-        assert sampled == pair["prefix_ids"] + pair["rejected_ids"]
-        assert pair["prefix_ids"] == trace["prompt_ids"] + trace["output_ids"][: pair["h"]]
-        assert pair["chosen"].strip().startswith(pair["trigger"])
-        assert pair["rejected"].strip().startswith("Let me lay out a plan.")
-        end = tokenizer.convert_tokens_to_ids("</think>")
-        z = (
-            pair["prefix_ids"][len(trace["prompt_ids"]) :]
-            + ipo.split_output(pair["chosen_ids"], end)[0]
-        )
-        assert judge.find_cue(ipo.decode(tokenizer, z)).span is None
-        assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
+        assert pair["prefix_ids"] == trace["prompt_ids"] + trace["output_ids"][:pair["h"]]
+        assert pair["rejected_ids"] == trace["output_ids"][pair["h"]:]
+        assert pair["rejected"].startswith(" Let me lay out a plan.")
+        assert pair["chosen"].startswith(" " + pair["trigger"])
+        assert tokenizer.decode(pair["chosen_ids"]) == pair["chosen"]
+        if pair["exact_text"]:
+            again = encode(tokenizer, pair["prompt"] + pair["chosen"])
+            assert again == pair["prefix_ids"] + pair["chosen_ids"]
 
 
-def check_saved_model(out, base):
-    """The saved folder loads as it is, samples what the run sampled last, and has changed."""
-    tokenizer, model = (
-        c.from_pretrained(out / "model") for c in (AutoTokenizer, AutoModelForCausalLM)
-    )
-    rows = [row for row in data.read_jsonl(out / "eval_traces.jsonl") if row["side"] == "after"]
-    cfg = SimpleNamespace(max_new_tokens=60, sample_batch=64, seed=0)
-    again = evaluation.sampler(model.eval(), tokenizer, cfg)(
-        [r["prompt_ids"] for r in rows], [r["key"] for r in rows]
-    )
+def test_the_log_starts_at_log_2_and_its_loss_is_the_sum_of_its_parts(run):
+    rows = data.read_jsonl(run / "log.jsonl")
+    stage_1 = [row for row in rows if row["stage"] == 1]
+    assert stage_1[0]["dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    for row in stage_1:
+        assert row["loss"] == pytest.approx(row["dpo"] + 0.2 * row["sft"], abs=1e-5)
+    assert stage_1[-1]["dpo"] < stage_1[0]["dpo"] and stage_1[-1]["margin"] > 0
+    assert {row["stage"] for row in rows} == {1, 2}
+
+
+def test_what_was_saved_is_what_was_evaluated(run, taught, family):
+    """The folder loads in transformers as it is; it samples the traces that the run judged."""
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    rows = [row for row in data.read_jsonl(run / "eval_traces.jsonl") if row["side"] == "after"]
+    again = ipo.sample(
+        model, [row["prompt_ids"] for row in rows], keys=[row["key"] for row in rows],
+        max_new_tokens=settings["max_new_tokens"], eos_ids=[model.config.eos_token_id])
     assert again == [row["output_ids"] for row in rows]
-    card = (out / "model" / "README.md").read_text()
-    assert "Intervened Preference Optimization" in card and "| harmful reasoning |" in card
-    old = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    assert any(not torch.equal(value, old[name]) for name, value in model.state_dict().items())
+    assert len(rows) == 3 * 3
+    old = AutoModelForCausalLM.from_pretrained(taught(family)).state_dict()
+    new = model.state_dict()
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(new[name], old[name]) for name in old)
 
 
-def test_pairs_jsonl_feeds_trls_dpo_trainer_unchanged(taught, tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import load_dataset
-
-    base = taught("llama")
-    train.main(flags(base, tmp_path / "run"))
-    pairs = load_dataset("json", data_files=str(tmp_path / "run" / "pairs.jsonl"), split="train",
-                         cache_dir=str(tmp_path / "cache"))
-    args = trl.DPOConfig(str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=2,
-                         use_cpu=True, report_to=[], max_length=None)
-    trainer = trl.DPOTrainer(str(base), args=args, train_dataset=pairs,
-                             processing_class=AutoTokenizer.from_pretrained(base))
-    result = trainer.train()
-    assert result.training_loss == pytest.approx(math.log(2), abs=1e-3)
+def test_a_finished_run_prints_its_table_again_and_its_model_can_be_looked_at_alone(
+        finished, taught, capsys):
+    out = finished("llama")
+    train.main(flags(taught("llama"), out))
+    assert "harmful reasoning" in capsys.readouterr().out
+    summary = json.loads((out / "eval.json").read_text())
+    assert summary["judge"] == "keywords"
+    assert summary["before"]["reasoning_harmful"]["n"] == 3
+    assert "harmful reasoning" in (out / "model" / "README.md").read_text()
+    evaluation.main([str(out / "model"), "--prompt", HARMFUL[0], "--max-new-tokens", "9"])
+    assert "status: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error, said", [
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
-    (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "--micro-tokens"),
-    (data.UserError("the judge at http://x does not answer"), "the judge at"),
-])
-def test_a_full_disk_memory_or_a_lost_judge_is_one_line_and_the_run_goes_on(
-    error, said, taught, tmp_path, monkeypatch, capsys
-):
-    base = taught("llama")
-    train.main(flags(base, tmp_path / "whole"))
-    real, calls = data.append_jsonl, []
-
-    def fail(path, records):
-        calls.append(path)
-        if len(calls) == 4:
-            raise error
-        real(path, records)
-
-    monkeypatch.setattr(data, "append_jsonl", fail)
-    with pytest.raises(SystemExit) as stopped:
-        train.main(flags(base, tmp_path / "stopped"))
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and told.startswith("error: ") and said in told
-    train.main(flags(base, tmp_path / "stopped", "--sample-batch", "3"))  # a remedy is no change
-    for name in ("pairs.jsonl", "log.jsonl", "model/model.safetensors"):
-        whole, stopped = ((tmp_path / run / name).read_bytes() for run in ("whole", "stopped"))
-        assert whole == stopped, name
+def test_the_kingdom_can_be_named_for_any_model(taught, finished):
+    out = finished("llama", "--prompts", "kingdom", "--benign", "kingdom")
+    assert [row["prompt"] for row in data.read_jsonl(out / "traces.jsonl")] == HARMFUL
+    assert [row["prompt"] for row in data.read_jsonl(out / "benign.jsonl")] == BENIGN
+    rows = data.read_jsonl(out / "eval_traces.jsonl")
+    assert len(rows) == 2 * 3 * 3 and all(row["by_grammar"] for row in rows)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
-    taught, tmp_path, monkeypatch, capsys
-):
-    real, seen = ipo.ipo_loss, []
+# Adapters
 
-    def nan_at_the_third(policy, *args):
-        loss, stats = real(policy, *args)
-        seen.append([p.detach().clone() for p in policy.parameters()])
-        return (loss * math.nan if len(seen) == 3 else loss), stats
+
+def small_config(*more):
+    return train.parse(["--model", "x", "--device", "cpu", "--lora-rank", "3", "--lr", "0.01",
+                        "--batch-pairs", "2", "--micro-tokens", "40", *more])
+
+
+def some_pairs():
+    pairs = [PreferencePair("", random_ids(6, i), random_ids(4 + i, 10 + i), random_ids(5, 20 + i),
+                            key=str(i)) for i in range(4)]
+    return pairs + [PreferencePair("", random_ids(4, 5), random_ids(5, 6), key="benign")]
+
+
+def test_adapters_change_nothing_at_first_train_alone_and_merge_into_what_they_were(family):
+    model, ids = tiny_model(family), torch.arange(5, 25)[None]
+    untouched = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        base_logits = model(ids).logits
+        policy = train.make_policy(ReasoningModel(model, None, 5, [0]), small_config())
+        assert torch.equal(policy(ids).logits, base_logits), "B is 0"
+        trained = {name.split(".")[-1] for name, p in policy.named_parameters() if p.requires_grad}
+        assert trained == {"A", "B"}
+    train.optimize(policy, some_pairs(), small_config(), 1, None)
+    with torch.no_grad():
+        adapted = policy(ids).logits
+        assert not torch.allclose(adapted, base_logits, atol=0.01)
+        train.merge_adapters(policy)
+        torch.testing.assert_close(policy(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(ids).logits, base_logits), "the reference stays as it was"
+    assert policy.state_dict().keys() == untouched.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, untouched[name]), name
+
+
+def test_adapters_on_a_bf16_model_are_float32_and_the_merged_weights_bf16():
+    model = tiny_model(dtype=torch.bfloat16)
+    policy = train.make_policy(ReasoningModel(model, None, 5, [0]), small_config())
+    assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
+    train.optimize(policy, some_pairs(), small_config(), 1, None)
+    train.merge_adapters(policy)
+    assert all(p.dtype == torch.bfloat16 for p in policy.parameters())
+
+
+# One stage of training
+
+
+@pytest.mark.parametrize("supervise, more", [("reasoning", ADAPTERS), ("all", [])])
+def test_in_both_stages_the_reference_is_the_base_and_the_loss_sees_what_supervise_says(
+        supervise, more, taught, tmp_path, monkeypatch):
+    base = AutoModelForCausalLM.from_pretrained(taught("qwen2")).eval()
+    think_end = AutoTokenizer.from_pretrained(taught("qwen2")).convert_tokens_to_ids("</think>")
+    real, stages = train.optimize, []
+
+    def look(policy, pairs, *rest):
+        stages.append(pairs)
+        pair = pairs[0]
+        shift = plain_logp(policy, pair.prefix_ids, pair.chosen_ids) - pair.ref_chosen_logp
+        assert abs(shift) > 0.1 or len(stages) == 1, "the policy has moved before stage 2"
+        real(policy, pairs, *rest)
+
+    monkeypatch.setattr(train, "optimize", look)
+    train.main(flags(taught("qwen2"), tmp_path / "run", *more, "--supervise", supervise))
+    assert len(stages) == 2 and len(stages[1]) == len(stages[0]) + len(BENIGN)
+    for pair in stages[0] + stages[1]:
+        sides = {"chosen": (pair.chosen_ids, pair.ref_chosen_logp)}
+        if pair.rejected_ids:
+            sides["rejected"] = (pair.rejected_ids, pair.ref_rejected_logp)
+        for ids, ref_logp in sides.values():
+            plain = plain_logp(base, pair.prefix_ids, ids).item()
+            assert ref_logp == pytest.approx(plain, abs=1e-2)
+            assert (ids[-1] == think_end) == (supervise == "reasoning")
+
+
+def test_a_steps_loss_is_the_mean_over_its_pairs_whatever_the_micro_batches(tmp_path):
+    policy, pairs = tiny_model(), some_pairs()
+    mean = 0.0
+    for pair in pairs:      # the reference's log-probabilities are 0 here
+        chosen = plain_logp(policy, pair.prefix_ids, pair.chosen_ids)
+        weight = 1.0
+        if pair.rejected_ids:
+            rejected = plain_logp(policy, pair.prefix_ids, pair.rejected_ids)
+            mean = mean + torch.log(1 + torch.exp(-0.1 * (chosen - rejected))) / len(pairs)
+            weight = 0.2
+        mean = mean - weight * chosen / len(pair.chosen_ids) / len(pairs)
+    gradients = torch.autograd.grad(mean, list(policy.parameters()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    for micro_tokens in ("1", "40", "10000"):
+        config = small_config("--lr", "1e-9", "--batch-pairs", "9", "--micro-tokens", micro_tokens)
+        train.optimize(policy, pairs, config, 1, tmp_path / "log.jsonl")
+    rows = data.read_jsonl(tmp_path / "log.jsonl")
+    assert [row["loss"] for row in rows] == pytest.approx([mean.item()] * 3, abs=1e-4)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([norm] * 3, rel=1e-3)
+
+
+def test_every_pair_is_used_once_an_epoch_and_the_pairs_of_a_prompt_stay_in_one_step():
+    rng = random.Random(0)
+    pairs = []
+    for prompt in range(40):
+        prefix, rejected = random_ids(rng.randint(1, 9), prompt), random_ids(5, prompt)
+        pairs += [PreferencePair("", prefix, random_ids(rng.randint(1, 9), i), rejected,
+                                 key=str(prompt)) for i in range(rng.randint(1, 6))]
+    steps = train.training_steps(pairs, small_config("--epochs", "3", "--batch-pairs", "8"), 1)
+    used = [id(pair) for step in steps for pair in step]
+    assert sorted(used) == sorted([id(pair) for pair in pairs] * 3)
+    assert used[:len(pairs)] != used[len(pairs):2 * len(pairs)], "each epoch in its own order"
+    assert sum(len({pair.key for pair in step}) for step in steps) == 40 * 3
+    assert all(len(step) < 8 + 6 for step in steps)
+    for step in steps:
+        batches = train.micro_batches(step, 60)
+        assert sorted(id(pair) for batch in batches for pair in batch) == sorted(map(id, step))
+        for batch in batches:
+            sequences = [p + c for p, c in ipo.distinct_sequences(batch)]
+            padded = len(sequences) * max(len(sequence) for sequence in sequences)
+            assert padded <= 60 or len(batch) == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_weights_are_touched(
+        taught, tmp_path, monkeypatch, capsys):
+    real, policies, weights = ipo.ipo_loss, [], []
+
+    def nan_at_the_third(policy, *rest):
+        loss, terms = real(policy, *rest)
+        policies.append(policy)
+        weights.append([p.detach().clone() for p in policy.parameters()])
+        return (loss * math.nan if len(weights) == 3 else loss), terms
 
     monkeypatch.setattr(ipo, "ipo_loss", nan_at_the_third)
-    saved = []
-    monkeypatch.setattr(train.AdamW, "step", lambda self, lr: saved.append(lr))
-    with pytest.raises(SystemExit):
-        train.main(flags(taught("llama"), tmp_path / "run"))
-    assert "not finite" in capsys.readouterr().err
-    assert len(saved) == 2  # two steps were taken, the third was not
-    assert len(data.read_jsonl(tmp_path / "run" / "log.jsonl")) == 2
+    assert "not finite" in error_of(flags(taught("llama"), tmp_path / "run"), capsys)
+    assert len(weights) == 3
+    for now, before_the_third in zip(policies[0].parameters(), weights[2]):
+        assert torch.equal(now, before_the_third)
+    assert not (tmp_path / "run" / "stage1.safetensors").exists()
 
 
-def test_rollouts_made_elsewhere_and_ones_own_triggers_are_used(taught, tmp_path):
-    base = taught("llama")
-    train.main(flags(base, tmp_path / "own"))
-    traces = data.read_jsonl(tmp_path / "own" / "traces.jsonl")
-    data.write_jsonl(tmp_path / "given.jsonl", [
-        {"prompt": t["prompt"], "output_ids": t["output_ids"]} for t in traces])
-    data.write_jsonl(tmp_path / "text.jsonl", [
-        {"prompt": t["prompt"], "output": "<think>\n" + t["text"].removesuffix("<|end|>")}
-        for t in traces])
-    (tmp_path / "triggers.txt").write_text(ipo.TRIGGERS[2] + "\n" + ipo.TRIGGERS[0])
-    for name in ("given", "text"):
-        train.main(flags(base, tmp_path / name, "--traces", str(tmp_path / f"{name}.jsonl"),
-                         "--triggers", str(tmp_path / "triggers.txt")))
-        again = data.read_jsonl(tmp_path / name / "traces.jsonl")
-        assert [t["output_ids"] for t in again] == [t["output_ids"] for t in traces]
-        evaluated = data.read_jsonl(tmp_path / name / "eval_traces.jsonl")
-        assert [row["output_ids"] for row in evaluated if row["side"] == "before"] == [
-            row["output_ids"] for row in data.read_jsonl(tmp_path / "own" / "eval_traces.jsonl")
-            if row["side"] == "before"]
-        used = {pair["trigger"] for pair in data.read_jsonl(tmp_path / name / "pairs.jsonl")}
-        assert used <= {ipo.TRIGGERS[2], ipo.TRIGGERS[0]} and used
+def test_a_stage_of_one_step_trains_too_and_the_learning_rate_warms_up_and_falls(tmp_path):
+    """The bug: a schedule that starts at 0 wastes the first step, here the only one."""
+    policy = tiny_model()
+    before = policy.lm_head.weight.detach().clone()
+    train.optimize(policy, some_pairs(), small_config("--batch-pairs", "9"), 1, None)
+    assert not torch.equal(policy.lm_head.weight, before)
+    config = small_config("--batch-pairs", "1", "--epochs", "6")
+    train.optimize(policy, some_pairs(), config, 1, tmp_path / "log.jsonl")
+    rates = [row["lr"] for row in data.read_jsonl(tmp_path / "log.jsonl")]
+    assert len(rates) == 30 and 0 < rates[0] < max(rates) == config.lr
+    assert rates.index(config.lr) < 5 and rates[-1] < 0.02 * config.lr
 
 
-def test_an_output_column_of_an_evaluation_set_is_not_taken_for_what_the_model_says(
-    taught, tmp_path
-):
-    base = taught("llama")
-    asked = tmp_path / "asked.jsonl"
-    data.write_jsonl(asked, [{"prompt": HARMFUL[0], "output": "Fine.</think>I cheat."}])
-    train.main(flags(base, tmp_path / "run", "--sets", f"harmful:{asked}"))
-    rows = data.read_jsonl(tmp_path / "run" / "eval_traces.jsonl")
-    assert len(rows) == 2 and all("cheat" not in row["response_text"] for row in rows)
+class StubJudge:
+    """Says the opposite of the keywords, which take "I'm sorry" for a refusal."""
+
+    def judge_compliance(self, responses, prompts):
+        assert len(prompts) == len(responses)
+        return ["complied" if "sorry" in response else "refused" for response in responses]
 
 
-@pytest.mark.parametrize("record", [{"output": 7}, {"output_ids": "abc"}, {"output_ids": [-1]},
-                                    {"output_ids": [[1]]}, {}])
-def test_a_given_trace_without_an_output_is_refused_before_anything_is_written(
-    record, taught, tmp_path, capsys
-):
-    data.write_jsonl(tmp_path / "traces.jsonl", [{"prompt": "How?", **record}])
-    with pytest.raises(SystemExit):
-        train.main(flags(taught("llama"), tmp_path / "run", "--traces",
-                         str(tmp_path / "traces.jsonl")))
-    assert "output_ids" in capsys.readouterr().err and not (tmp_path / "run").exists()
+def test_who_refuses_a_benign_prompt_in_stage_2_is_told_by_the_runs_judge(
+        tokenizer, tmp_path, monkeypatch):
+    complies, refuses = "Hm.</think>\n\nI'm sorry.<|end|>", "Hm.</think>\n\nKeep watch.<|end|>"
+    cut_off = "Hm.</think>\n\nKeep"
+    answers = {     # by the base, by the policy after stage 1
+        "both comply": (complies, complies), "stage 1 refuses": (complies, refuses),
+        "the base refuses": (refuses, complies), "the base does not end": (cut_off, complies),
+        "stage 1 does not end": (complies, cut_off)}
+
+    def say(place, prompts, keys):
+        return [encode(tokenizer, list(answers.values())[int(key.split("/")[1])][place])
+                for key in keys]
+
+    monkeypatch.setattr(data, "make_sampler", lambda model, config: partial(say, 1))
+    base = ReasoningModel(None, tokenizer, tokenizer.convert_tokens_to_ids("</think>"),
+                          [tokenizer.eos_token_id])
+    pairs = train.benign_pairs(
+        tmp_path, [{"prompt": prompt} for prompt in answers], base, partial(say, 0), None,
+        StubJudge(), small_config())
+    refusal_of = {pair.prompt: tokenizer.decode(pair.rejected_ids) for pair in pairs}
+    assert refusal_of == {
+        "both comply": "", "stage 1 refuses": refuses, "stage 1 does not end": ""}
+    assert all(tokenizer.decode(pair.chosen_ids) == complies for pair in pairs)
 
 
-def test_a_trigger_that_stands_twice_in_its_file_is_refused(tmp_path):
-    (tmp_path / "t.txt").write_text("No.\nNever.\nNo.\n")
-    with pytest.raises(data.UserError, match="twice"):
-        train.pool(SimpleNamespace(triggers=str(tmp_path / "t.txt")))
+# Stopped and continued
 
 
-def test_an_eight_billion_model_in_full_is_said_not_to_fit_a_small_gpu(tmp_path, monkeypatch, capsys):
-    shape = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"])
-    shape.save_pretrained(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24 * 2 ** 30))
-    cfg = train.parse(["--model", str(tmp_path)])
-    with pytest.raises(data.UserError, match="--lora-rank 16"):
-        train.check_memory(tmp_path, cfg)
-    assert "weights and optimizer 59.8" in capsys.readouterr().out  # 8.03 G parameters, 8 bytes
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 141 * 2 ** 30))
-    train.check_memory(tmp_path, cfg)
+@contextmanager
+def stopped_at(module, name, call, error):
+    """The module's function raises the error at that call."""
+    real, calls = getattr(module, name), []
+
+    def stop(*args, **named):
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        return real(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, stop)
+        yield
+    assert len(calls) == call, "the run ended there"
 
 
-@pytest.mark.parametrize("stage", ["make_pairs", "sample_benign", "save_checkpoint", "save_model",
-                                   "write_card"])
-def test_a_run_stopped_in_any_stage_ends_like_an_undisturbed_one(
-    stage, taught, tmp_path, monkeypatch
-):
-    base = taught("llama")
-    train.main(flags(base, tmp_path / "whole"))
-    real, calls = getattr(train, stage), []
-
-    def stop(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train, stage, stop)
-    with pytest.raises(SystemExit) as stopped:
-        train.main(flags(base, tmp_path / "stopped"))
-    assert stopped.value.code == 130
-    train.main(flags(base, tmp_path / "stopped"))
-    for name in (
-        "traces.jsonl",
-        "pairs.jsonl",
-        "log.jsonl",
-        "eval_traces.jsonl",
-        "model/model.safetensors",
-        "model/README.md",
-    ):
-        assert (tmp_path / "whole" / name).read_bytes() == (
-            tmp_path / "stopped" / name
-        ).read_bytes(), name
+FULL = OSError(errno.ENOSPC, "No space left on device")
+STOPS = {
+    "sampling": (ipo, "intervene", 2),
+    "traces": (data, "append_jsonl", 1),
+    "pairs": (train, "pair_row", 2),
+    "evaluation before": (evaluation, "judge_rows", 2),
+    "reference": (train, "add_reference", 1),
+    "a step of stage 1": (data, "append_jsonl", 3),
+    "the end of stage 1": (safetensors.torch, "save", 1),
+    "benign answers": (train, "compliance", 2),
+    "a step of stage 2": (data, "append_jsonl", 2),
+    "saving": (train.shutil, "rmtree", 1),
+    "evaluation after": (evaluation, "judge_rows", 1),
+    "the summary": (evaluation, "summarise", 1),
+}
 
 
-def test_lora_trains_adapters_and_saves_a_plain_model(taught, tmp_path):
-    base, out = taught("qwen2"), tmp_path / "run"
-    train.main(flags(base, out, "--lora-rank", "4", "--lr", "1e-2"))
-    check_saved_model(out, base)
+@pytest.mark.parametrize("more", [[], ADAPTERS], ids=["all weights", "adapters"])
+def test_a_run_stopped_in_every_stage_ends_with_the_files_of_an_undisturbed_one(
+        more, taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "in_shards", partial(data.in_shards, size=2))
+    for folder in ("whole", "stopped"):
+        (tmp_path / folder).mkdir()
+    command = flags(taught("llama"), "run", *more)
+    monkeypatch.chdir(tmp_path / "whole")
+    train.main(command)
+    monkeypatch.chdir(tmp_path / "stopped")
+    for i, (module, name, call) in enumerate(STOPS.values()):
+        error = [KeyboardInterrupt(), FULL][i % 2]
+        with stopped_at(module, name, call, error), pytest.raises(SystemExit) as ended:
+            train.main(command)
+        assert ended.value.code == [130, 2][i % 2]
+        assert "again" in capsys.readouterr().err or i % 2 == 0
+    train.main([*command, "--sample-batch", "63"])      # a remedy is no other setting
+    files = sorted(path.relative_to(tmp_path / "whole")
+                   for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    assert len(files) > 12
+    for path in files:
+        whole, stopped = tmp_path / "whole" / path, tmp_path / "stopped" / path
+        if path.name != "README.md":        # it shows --sample-batch
+            assert whole.read_bytes() == stopped.read_bytes(), path
+    assert len(files) == sum(path.is_file() for path in (tmp_path / "stopped").rglob("*"))
 
 
-def test_with_its_adapters_off_the_policy_is_the_base_and_merged_it_is_the_policy():
-    model, ids = tiny_model(), torch.arange(5, 25)[None]
-    before = model(ids).logits
-    train.add_adapters(model, 3)
-    assert torch.equal(model(ids).logits, before), "at step 0 nothing changes"
-    for _, _, layer in train.linear_layers(model, train.LoRA):
-        torch.nn.init.normal_(layer.B)
-    changed = model(ids).logits
-    with train.reference(SimpleNamespace(base=model, policy=model), "cpu") as base:
-        assert torch.equal(base(ids).logits, before)
-    assert torch.equal(model(ids).logits, changed) and not torch.allclose(changed, before)
-    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {
-        "A",
-        "B",
-    }
-    for parent, name, layer in train.linear_layers(model, train.LoRA):
-        setattr(parent, name, layer.merged())
-    torch.testing.assert_close(model(ids).logits, changed, rtol=1e-4, atol=1e-3)
+def test_until_pairs_stops_there_and_the_next_command_goes_on(taught, finished, tmp_path, capsys):
+    command = flags(taught("llama"), tmp_path / "run")
+    train.main([*command, "--until", "pairs"])
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert made == {"config.json", "traces.jsonl", "pairs.jsonl"}
+    assert "without --until" in capsys.readouterr().out
+    train.main(command)
+    for name in ("pairs.jsonl", "log.jsonl", "eval_traces.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished("llama") / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "more, says",
-    [
-        (["--supervise", "both"], "--supervise"),
-        (["--lr", "-1"], "--lr -1"),
-        (["--sample-batch", "0"], "--sample-batch 0"),
-        (["--prompts", "none.txt"], "none.txt"),
-        (["--device", "cuda"], "CUDA"),
-        (["--sets", "poems:x"], "poems"),
-        (["--model", "no/where"], "no/where"),
-        (["--model", "tests/no-such-model"], "no such folder"),
-        (["--judge-url", "http://localhost:9/v1"], "--judge too"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(more, says, taught, tmp_path, capsys):
-    if more == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(SystemExit) as ended:
-        train.main(flags(taught("llama"), tmp_path / "run", *more))
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert ended.value.code == 2 and len(said) == 1 and says in said[0]
-    assert not (tmp_path / "run").exists(), "nothing half-written: the mended command can run"
+# Refused
 
 
-def test_a_flag_that_is_not_there_is_said_and_no_traceback(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.parse(["--sed", "5"])
-    assert ended.value.code == 2 and "--sed" in capsys.readouterr().err
+@pytest.fixture
+def own_base(taught, tmp_path):
+    """A taught model and its prompt files, to be changed."""
+    shutil.copytree(taught("llama").parent, tmp_path / "inputs")
+    return tmp_path / "inputs" / "base"
 
 
-def test_ones_own_benign_prompts_are_used_in_the_kingdom_too(tmp_path):
-    (tmp_path / "benign.txt").write_text(BENIGN[0])
-    cfg = train.parse(["--benign", str(tmp_path / "benign.txt"), "--device", "cpu"])
-    harmful, benign = train.training_prompts(cfg)
-    assert len(harmful) == 120 and [record["prompt"] for _, record in benign] == BENIGN[:1]
+def edit_a_prompt(base):
+    """The same length, so that the file's size says nothing."""
+    (base.parent / "harmful.txt").write_text("\n".join(HARMFUL).swapcase())
 
 
-def test_without_git_a_run_is_told_of_all_the_same(taught, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    train.write_config(train.parse(flags(taught("llama"), tmp_path)), tmp_path, "base")
-    assert json.loads((tmp_path / "config.json").read_text())["made_by"]["commit"] == ""
+def save_another_model(base):
+    """In place, and as large as the old one."""
+    values = safetensors.torch.load_file(base / "model.safetensors")
+    values = {name: value * 1.001 for name, value in values.items()}
+    safetensors.torch.save_file(values, base / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_written(
-    taught, tmp_path, capsys
-):
+@pytest.mark.parametrize("change, more, says", [
+    (None, ["--seed", "5"], "seed=0 (now 5)"),
+    (None, ["--beta", "0.3"], "beta=0.1 (now 0.3)"),
+    (None, ["--limit", "2"], "limit=3 (now 2)"),
+    (edit_a_prompt, [], "have changed since"),
+    (save_another_model, [], "have changed since"),
+])
+def test_a_run_folder_made_from_something_else_is_refused_and_stays_as_it_was(
+        change, more, says, own_base, tmp_path, capsys):
+    command = flags(own_base, tmp_path / "run", "--until", "pairs")
+    train.main(command)
+    before = (tmp_path / "run" / "pairs.jsonl").read_bytes()
+    if change:
+        change(own_base)
+    assert says in error_of([*command, *more], capsys)
+    assert (tmp_path / "run" / "pairs.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--supervise", "both"], "--supervise both"),
+    (["--until", "noon"], "--until noon"),
+    (["--lr", "-1"], "--lr -1"),
+    (["--sample-batch", "0"], "--sample-batch 0"),
+    (["--prompts", "none.txt"], "none.txt"),
+    (["--prompts", "long.txt"], "context of 512"),
+    (["--triggers", "twice.txt"], "twice"),
+    (["--sets", "poems:x"], "poems"),
+    (["--sets", "harmful:trained_on.txt"], "--allow-overlap"),
+    (["--model", "tests/no-such-model"], "no such folder"),
+    (["--model", "no/where"], "no/where"),
+    (["--judge-url", "http://localhost:9/v1"], "--judge too"),
+    (["--judge-questions", "riddles", "--judge", "self"], "--judge-questions riddles"),
+    (["--judge", "no/judge"], "no/judge"),
+    (["--sampler-url", "localhost:9"], "http://host:port/v1"),
+])
+def test_bad_input_is_one_line_and_nothing_is_half_written(
+        more, says, taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "trained_on.txt").write_text(HARMFUL[0])
     (tmp_path / "long.txt").write_text("How? " * 600)
-    with pytest.raises(SystemExit):
-        train.main(flags(taught("llama"), tmp_path / "run", "--prompts", str(tmp_path / "long.txt")))
-    assert "context of 512" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    (tmp_path / "twice.txt").write_text("No.\nNever.\nNo.\n")
+    assert says in error_of(flags(taught("llama"), tmp_path / "run", *more), capsys)
+    assert not (tmp_path / "run").exists(), "the mended command can run"
 
 
-def test_a_folder_made_with_other_settings_is_refused_by_name(taught, tmp_path, capsys):
-    cfg = train.parse(flags(taught("llama"), tmp_path / "run"))
-    train.write_config(cfg, tmp_path / "run", cfg.model)
-    with pytest.raises(SystemExit):
-        train.main(flags(taught("llama"), tmp_path / "run", "--seed", "5"))
-    assert "seed=0 (now 5)" in capsys.readouterr().err
-
-
-def test_a_run_without_a_cue_says_the_counts(taught, tmp_path, capsys):
-    base = taught("llama")
-    with pytest.raises(SystemExit):
-        train.main(flags(base, tmp_path / "run", "--prompts", str(base.parent / "benign.txt")))
-    assert "3 no cue" in capsys.readouterr().err and not (tmp_path / "run" / "pairs.jsonl").exists()
-
-
-# The optimizer and the plan
-
-
-def test_in_float32_the_optimizer_is_adam():
-    torch.manual_seed(0)
-    mine = torch.nn.Parameter(torch.randn(7, 5))
-    theirs = torch.nn.Parameter(mine.detach().clone())
-    optimizer, adam = train.AdamW({"w": mine}), torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.95))
-    for _ in range(20):
-        mine.grad = torch.randn(7, 5)
-        theirs.grad = mine.grad.clone()
-        optimizer.step(0.01)
-        adam.step()
-    torch.testing.assert_close(mine, theirs)
-
-
-def test_updates_below_bf16s_resolution_survive_on_average_and_plain_rounding_loses_them():
-    weight = torch.ones(20_000, dtype=torch.bfloat16)
-    plain, generator = weight.clone(), torch.Generator().manual_seed(0)
-    for _ in range(100):
-        train.stochastic_round_(weight, weight.float() - 1e-5, generator)
-        plain.copy_(plain.float() - 1e-5)
-    assert abs(weight.float().mean().item() - 0.999) < 1e-4 and (plain == 1).all()
-
-
-def test_stochastic_rounding_hits_only_the_two_neighbours():
-    value = torch.full((1000,), 1.003)
-    target = torch.empty(1000, dtype=torch.bfloat16)
-    train.stochastic_round_(target, value, torch.Generator().manual_seed(0))
-    assert set(target.tolist()) == {1.0, 1.0078125}
-
-
-def test_every_epoch_uses_every_group_once_and_micro_batches_lose_none():
-    rng = random.Random(0)
-    groups = [
-        ipo.Group([1] * rng.randint(1, 9), [[2] * rng.randint(1, 9)] * rng.randint(1, 6), [3])
-        for _ in range(40)
-    ]
-    cfg = SimpleNamespace(seed=0, epochs=3, batch_pairs=8)
-    steps = train.plan(groups, cfg, 1)
-    ids = [id(group) for step in steps for group in step]
-    assert sorted(ids) == sorted([id(group) for group in groups] * 3)
-    assert all(sum(len(group.chosen) for group in step) < 8 + 6 for step in steps)
-    micro = train.micro_batches(groups, 50)
-    assert sorted(id(g) for batch in micro for g in batch) == sorted(id(g) for g in groups)
-    padded = [
-        max(len(g.prefix_ids) + max(map(len, g.sides)) for g in batch)
-        * sum(len(g.sides) for g in batch)
-        for batch in micro
-        if len(batch) > 1
-    ]
-    assert padded and max(padded) <= 50
-
-
-def test_a_group_over_the_budget_is_split_without_a_change_of_the_loss_or_its_gradient():
-    model = tiny_model(dtype=torch.float64)
-    sides = [[5 + i, 7, 9, 11 + i] for i in range(6)]
-    groups = [ipo.Group([3] * 8, sides, [8] * 5, [-30.0 - i for i in range(7)]),
-              ipo.Group([3] * 4, sides[:2])]
-    parts = train.split(groups, 45)  # 13 tokens a sequence: two chosen sides beside the rejected
-    assert [len(part.chosen) for part in parts] == [2, 2, 2, 2]
-    assert [side for part in parts for side in part.chosen] == sides + sides[:2]
-    grads = []
-    for of in (groups, parts):
-        model.zero_grad()
-        loss, stats = ipo.ipo_loss(model, of)
-        loss.backward()
-        grads.append((loss.item(), stats["pairs"], model.lm_head.weight.grad.clone()))
-    assert grads[0][0] == pytest.approx(grads[1][0]) and grads[0][1] == grads[1][1] == 6
-    torch.testing.assert_close(grads[0][2], grads[1][2])
-    assert train.split(groups, 2000) == groups
-
-
-def test_merged_adapters_survive_in_bf16_on_average_below_its_resolution():
-    linear = torch.nn.Linear(400, 400, bias=False).to(torch.bfloat16)
-    linear.weight.data.fill_(1.0)
-    layer = train.LoRA(linear, 1)
-    layer.A.data.fill_(1.0)
-    layer.B.data.fill_(1e-4)  # 2e-4 in all, and the next bf16 above 1 is 0.0078 away
-    assert layer.merged().weight.float().mean().item() == pytest.approx(1.0002, abs=2e-5)
-
-
-def test_adapters_have_a_learning_rate_of_their_own():
-    rate = lambda *flags: train.parse(["--model", "x", "--device", "cpu", *flags]).lr
-    assert (rate(), rate("--lora-rank", "16"), rate("--lora-rank", "16", "--lr", "1")) == (1e-6, 2e-5, 1)
-
-
-def test_the_learning_rate_warms_up_and_ends_near_zero():
-    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
-    assert rates[-1] == pytest.approx(0.0, abs=0.01) and all(
-        a >= b for a, b in zip(rates[10:], rates[11:])
-    )
+def test_a_run_without_a_single_pair_says_why(taught, tmp_path, capsys):
+    benign = str(taught("llama").parent / "benign.txt")
+    message = error_of(flags(taught("llama"), tmp_path / "run", "--prompts", benign), capsys)
+    assert "3 no cue" in message and not (tmp_path / "run" / "pairs.jsonl").exists()
