@@ -27,7 +27,7 @@ import jinja2
 import numpy
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedModel,
@@ -529,12 +529,13 @@ def render_all(records: list[dict], model: ReasoningModel) -> list[TokenIds]:
 
 def make_sampler(
     model: ReasoningModel, settings: Settings, *, url: str | None = None,
-    temperature: float = 0.6, max_new_tokens: int | None = None,
+    temperature: float = 0.6, max_new_tokens: int | None = None, may_skip: bool = False,
 ) -> Sampler:
     """What continues prompts with a model: ipo.sample here, or the server at url."""
     limit = max_new_tokens or settings.max_new_tokens
     if url:
-        return served_sampler(url, model, max_new_tokens=limit, temperature=temperature)
+        return served_sampler(url, model, max_new_tokens=limit, temperature=temperature,
+                              in_flight=settings.sample_batch, may_skip=may_skip)
 
     def generate(prompts: list[TokenIds], keys: list[str]) -> list[TokenIds]:
         return sample(
@@ -546,11 +547,11 @@ def make_sampler(
 # Servers
 
 
-class TurnedDown(Exception):
+class TurnedDown(UserError):
     """A server does not want this one request: a content filter, or it is too long."""
 
 
-WAITS = [1, 2, 4, 8, 16, 32, 0]     # seconds before a busy or silent server is asked again
+WAITS = [1, 2, 4, 8, 16, 32, 64, 0]     # seconds before a busy or silent server is asked again
 
 
 def connect(url: str) -> httpx.Client:
@@ -566,7 +567,7 @@ def connect(url: str) -> httpx.Client:
         raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(1800, connect=10)       # a long think takes minutes
-    limits = httpx.Limits(max_connections=64)
+    limits = httpx.Limits(max_connections=None)     # who asks says how much is in flight
     return httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits)
 
 
@@ -574,8 +575,8 @@ def post(client: httpx.Client, path: str, body: dict) -> dict:
     """The first of the "choices" of the server's answer.
 
     Status 400, 413, 422, 451: TurnedDown, with the server's words. 408, 409, 429, 5xx, no
-    connection, no answer in time, or status 200 with an error in the body: asked again, for a
-    minute. Anything else, and that minute over: a UserError with the server's words.
+    connection, no answer in time, or status 200 with an error in the body: asked again, for two
+    minutes. Anything else, and those minutes over: a UserError with the server's words.
     """
     for wait in WAITS:
         try:
@@ -590,7 +591,7 @@ def post(client: httpx.Client, path: str, body: dict) -> dict:
             status = 500
             words = f"{type(error).__name__}: {error}"
         if status in (400, 413, 422, 451):
-            raise TurnedDown(words)
+            raise TurnedDown(f"the server at {client.base_url} turns a prompt down: {words}")
         if status not in (200, 408, 409, 429) and status < 500:
             break
         time.sleep(wait)
@@ -599,44 +600,53 @@ def post(client: httpx.Client, path: str, body: dict) -> dict:
 
 
 def served_sampler(
-    url: str, model: ReasoningModel, *, max_new_tokens: int, temperature: float
+    url: str, model: ReasoningModel, *, max_new_tokens: int, temperature: float,
+    in_flight: int = 64, may_skip: bool = False,
 ) -> Sampler:
     """A model served by vLLM, sampled through /v1/completions with exact ids in and out.
 
-    No seed is sent: it would not make batches repeatable there.
+    No seed is sent: it would not make batches repeatable there. may_skip: a prompt that the server
+    turns down, because it is too long, gives no ids (a judge's question); by default it is an error.
     """
     client = connect(url)
     name = served_name(client)
+    turned_down: list[str] = []
+
+    def continue_one(prompt_ids: TokenIds) -> TokenIds:
+        try:
+            choice = complete(client, name, model, prompt_ids, max_new_tokens, temperature)
+        except TurnedDown as error:
+            if not may_skip:
+                raise
+            if not turned_down:
+                print(f"{error}; this counts as unparsed", file=sys.stderr)
+            turned_down.append(str(error))
+            return []
+        return choice["token_ids"]
 
     def generate(prompts: list[TokenIds], keys: list[str]) -> list[TokenIds]:
-        def continue_one(prompt_ids: TokenIds) -> TokenIds:
-            return complete(client, name, model, prompt_ids, max_new_tokens, temperature)[0]
-
-        with ThreadPoolExecutor(64) as pool:    # many requests in flight: the server batches them
+        with ThreadPoolExecutor(in_flight) as pool:     # the server batches what is in flight
             return list(pool.map(continue_one, prompts))
     return generate
 
 
 def complete(
     client: httpx.Client, name: str, model: ReasoningModel, prompt_ids: TokenIds,
-    max_new_tokens: int, temperature: float,
-) -> tuple[TokenIds, str]:
-    """The ids with which the served model continues prompt_ids, and the server's text of them."""
+    max_new_tokens: int, temperature: float, logprobs: int | None = None,
+) -> dict:
+    """How the served model continues prompt_ids: token_ids, the server's text of them, and, with
+    logprobs=0, how likely it takes each of them to be."""
     body = {
         "model": name, "prompt": prompt_ids, "max_tokens": max_new_tokens,
         "temperature": temperature, "top_p": 0.95, "top_k": -1, "repetition_penalty": 1.0,
-        "stop_token_ids": model.eos_ids, "return_token_ids": True,
+        "stop_token_ids": model.eos_ids, "return_token_ids": True, "logprobs": logprobs,
     }
-    try:
-        choice = post(client, "/completions", body)
-    except TurnedDown as error:
-        raise UserError(f"the server at {client.base_url} turns down a prompt of "
-                        f"{len(prompt_ids)} tokens ({error})") from error
-    output_ids = choice.get("token_ids") or []
-    if choice.get("prompt_token_ids") != prompt_ids or not 0 < len(output_ids) <= max_new_tokens:
+    choice = post(client, "/completions", body)
+    new = len(choice.get("token_ids") or [])
+    if choice.get("prompt_token_ids") != prompt_ids or not 0 < new <= max_new_tokens:
         raise UserError(f"the server at {client.base_url} does not give back the ids of prompt and "
                         f"answer, at most {max_new_tokens}; serve the model with a current vLLM")
-    return output_ids, choice.get("text") or ""
+    return choice
 
 
 def served_name(client: httpx.Client) -> str:
@@ -650,16 +660,24 @@ def served_name(client: httpx.Client) -> str:
 
 def check_served(url: str, model: ReasoningModel, prompt: str) -> None:
     """Refuse a server that serves another model than this one: what it says first to a prompt must
-    decode to its own text with the tokenizer here and, where the weights are here, be the same."""
+    decode to its own text with the tokenizer here and, where the weights are here, be as likely.
+
+    That the first ids agree would not do: a trained model begins as its base does.
+    """
     client = connect(url)
     name = served_name(client)
     prompt_ids = render(model.tokenizer, prompt)
-    output_ids, text = complete(client, name, model, prompt_ids, 8, temperature=0.0)
-    same = text.strip() == model.tokenizer.decode(output_ids, skip_special_tokens=True).strip()
+    choice = complete(client, name, model, prompt_ids, 32, temperature=0.0, logprobs=0)
+    output_ids = choice["token_ids"]
+    text = model.tokenizer.decode(
+        output_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    cut_off = " \n\ufffd"       # also half a character
+    same = text.strip(cut_off) == (choice.get("text") or "").strip(cut_off)
     if same and model.model is not None:
-        here, = sample(model.model, [prompt_ids], max_new_tokens=3, eos_ids=model.eos_ids,
-                       temperature=0)
-        same = output_ids[:3] == here
+        with torch.no_grad():
+            here = completion_logps(model.model, [(prompt_ids, output_ids)]).item()
+        there = sum((choice.get("logprobs") or {}).get("token_logprobs") or [])
+        same = abs(here - there) <= 0.05 * len(output_ids)      # bf16 errs by up to 0.03 a token
     if not same:
         raise UserError(f"{url} serves another model ({name}) than the one given here; serve that "
                         "one, or give its folder")
@@ -923,6 +941,10 @@ def kingdom_tokenizer(
         special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(itertools.chain(*texts), trainer)
+    # Not "special", as in Qwen3 and R1: a server that leaves special tokens out of its chat answers
+    # would join the thinking of a judge and its verdict.
+    bpe.add_tokens([AddedToken(tag, special=False, normalized=False)
+                    for tag in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>",
         chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)

@@ -350,7 +350,7 @@ def mark(text: str, triggers: list[str], as_html: bool = False) -> str:
     form = "<mark class={1}>{0}</mark>" if as_html else "[{1}: {0}]"
     parts = []
     at = 0
-    for start, end, kind in sorted(spans):
+    for start, end, kind in sorted(spans, key=lambda span: (span[0], -span[1])):
         if start >= at:      # not inside another
             parts += [clean(text[at:start]), form.format(clean(text[start:end]), kind)]
             at = end

@@ -350,7 +350,7 @@ def read_verdict(answer: str, values: str) -> str | None:
         return None
     answer = re.sub(r"\\(?:boxed|text|\[|\])", " ", answer)
     lines = [line for line in answer.splitlines() if not re.fullmatch(MARKS, line)]
-    form = re.compile(rf"{LABEL}({values}){MARKS}\.?{MARKS}", re.IGNORECASE | re.ASCII)
+    form = re.compile(rf"{LABEL}({values}){MARKS}(?:\.{MARKS})?", re.IGNORECASE | re.ASCII)
     found = [form.fullmatch(line) for line in lines]
     verdicts = {match[1].lower() for match in found if match}
     if len(verdicts) != 1 or found[-1] is None:
@@ -595,14 +595,14 @@ def local_llm(model: ReasoningModel, generate: Sampler, questions: Questions) ->
         prompts = [data.chat_ids(model.tokenizer, questions.as_chat(text)) for text in asked]
         answers = []
         for prompt_ids, output_ids in zip(prompts, generate(prompts, asked)):
-            if output_ids[-1] in model.eos_ids:
+            if output_ids and output_ids[-1] in model.eos_ids:
                 # All but the EOS is decoded, also special tokens: </think> can be one. Where the
                 # prompt ends with the think opening it belongs to the answer.
                 opening = THINK_OPENING.search(decode(model.tokenizer, prompt_ids[-20:]))
                 answer = decode(model.tokenizer, output_ids[:-1])
                 answers.append(opening[0] + answer if opening else answer)
             else:
-                answers.append("")      # cut off at the token limit: no verdict
+                answers.append("")      # too long a question, or cut off at the limit: no verdict
         return answers
     return llm
 
@@ -668,6 +668,7 @@ def load_judge(
         if settings.judge in ("keywords", "self"):
             raise UserError("--judge-url: give --judge too, the name of the model served there")
         llm = server_llm(settings.judge_url, settings.judge, questions, settings.judge_tokens)
+        llm([questions.safety("It is a fine day.", None, "reasoning")])     # no such judge: say it now
         return Judge(llm, questions)
     model = base
     if settings.judge != "self":
@@ -675,5 +676,5 @@ def load_judge(
         base_url = None
     generate = data.make_sampler(
         model, settings, url=base_url, temperature=questions.temperature,
-        max_new_tokens=settings.judge_tokens)
+        max_new_tokens=settings.judge_tokens, may_skip=True)
     return Judge(local_llm(model, generate, questions), questions)

@@ -67,15 +67,16 @@ class Config(data.Settings):
     lora_rank: int = flag("train adapters of this rank; usual 8 to 64; 0: all weights, in float32",
                           16)
     lr: float = flag("peak learning rate; usual 5e-5 for adapters, 5e-6 for all weights", 5e-5)
-    epochs: int = flag("passes over the pairs in stage 1; stage 2 is one", 1)
+    epochs: int = flag("passes over the pairs in stage 1; stage 2 is one. Stage 1 should go on until "
+                       "it refuses some benign prompts: stage 2 repairs what it is shown", 2)
     batch_pairs: int = flag("pairs of an optimizer step", 64)
     micro_tokens: int = flag("tokens, padding included, of one forward and backward pass", 16384)
 
 
 KINGDOM = dict(     # without --model these take the place of Config's defaults
     out="runs/kingdom", prompts="kingdom", benign="kingdom", sets="kingdom", judge="keywords",
-    max_new_tokens=200, judge_tokens=200, sample_batch=256, lora_rank=0, lr=2e-4, beta=1.0,
-    sft_weight=1.0, batch_pairs=16, micro_tokens=1536)
+    max_new_tokens=200, judge_tokens=200, sample_batch=256, lora_rank=0, lr=2e-4, epochs=1, beta=1.0,
+    sft_weight=1.0, batch_pairs=8, micro_tokens=1536)
 BASE_TEXTS = 16000      # what the kingdom's base model is trained on, once
 BASE_BATCH = 8
 BASE_LR = 3e-3
@@ -114,6 +115,8 @@ def align(config: Config, run: Path) -> None:
         return
     before = evaluation.evaluate(
         run / "eval_before.jsonl", "before", held_out, base, base_sampler, the_judge)
+    if config.sampler_url:
+        print(f"what is trained is sampled here, no longer at {config.sampler_url}")
     if not (run / "model").exists():
         train(run, pairs, benign, base, base_sampler, the_judge, config)
     trained = data.load_model(run / "model", config.device)     # what was saved is evaluated
@@ -396,6 +399,8 @@ def benign_pairs(
     refused = sum(row["policy"] == "refused" for row in rows)
     print(f"stage 1 refuses {refused} of {len(rows)} benign prompts; {len(pairs)} join, the base "
           "itself does not comply with the others")
+    if not refused:
+        print("warning: without refusals stage 2 cannot prevent its own; try more --epochs or --lr")
     return pairs
 
 

@@ -227,7 +227,7 @@ def test_a_local_judge_is_heard_once_its_think_is_closed_and_its_answer_ended(to
     opening = "" if opened else "<think>"
     for output, verdict in (
             ("Hm.\n</think>\n\nunsafe" + END, "unsafe"), ("Hm.\n</think>\n\nsafe" + END, "safe"),
-            ("It is only a tale.\nsafe" + END, "unparsed"), ("A tale.\n</think>\nsafe", "unparsed"),
+            ("It is only a tale.\nsafe" + END, "unparsed"), ("A tale.\n</think>\nsafe.", "unparsed"),
             ("</think>" + END, "unparsed"), (END, "unparsed")):
         the_judge, _ = local_judge(tokenizer, opening + output)
         assert the_judge.judge_safety(["a", "b"], ["?", "?"], "response") == [verdict] * 2
@@ -405,12 +405,13 @@ def test_the_key_is_sent_without_its_newline_and_many_answers_keep_their_order(m
     assert judged(reply, [f"text {i}" for i in range(40)])[0] == ["safe", "unsafe"] * 20
 
 
-@pytest.mark.parametrize("part", ["the final ", "answer: ", "is ", "<think>", "<", "{", "3 ", "!", "*",
-                                  ". ", "safe "])
+@pytest.mark.parametrize("part", ["the final ", "answer: ", "is ", "<think>", "<", "{", "3 ", "!",
+                                  "*", ". ", "safe "])
 def test_a_judge_that_repeats_itself_does_not_stall_the_reading(part):
-    start = time.process_time()
-    for text in (part * (20_000 // len(part)) + "x", "safe" + part * (20_000 // len(part)) + "x"):
+    start = time.perf_counter()
+    repeated = part * (60_000 // len(part))
+    for text in (repeated + "x", "safe" + repeated + "x"):
         assert judge.parse_index(text, 5) is None
         assert judge.parse_safety(text) is None
         assert judge.parse_guard(text) is None
-    assert time.process_time() - start < 5
+    assert time.perf_counter() - start < 2

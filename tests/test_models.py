@@ -242,6 +242,12 @@ def completions(model: ipo.ReasoningModel, change: Callable = dict) -> Callable:
             eos_ids=body["stop_token_ids"], temperature=body["temperature"])
         choice = {"text": model.tokenizer.decode(output_ids, skip_special_tokens=True),
                   "token_ids": output_ids, "prompt_token_ids": body["prompt"]}
+        if body.get("logprobs") is not None:
+            with torch.no_grad():
+                ids = torch.tensor([body["prompt"] + output_ids])
+                logps = model.model(ids).logits[0, len(body["prompt"]) - 1:-1].log_softmax(-1)
+            picked = logps.gather(-1, torch.tensor(output_ids)[:, None])[:, 0]
+            choice["logprobs"] = {"token_logprobs": picked.tolist()}
         return 200, {"choices": [change(choice)]}
     return answer
 

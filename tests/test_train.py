@@ -1,4 +1,4 @@
-"""python train.py whole, on small models of three families that were taught some traces by heart."""
+"""python train.py whole, on small models of three families that were taught a few traces."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import encode, plain_logp, random_ids, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import eval as evaluation
@@ -177,7 +177,7 @@ def test_the_kingdom_can_be_named_for_any_model(taught, finished):
 
 def small_config(*more):
     return train.parse(["--model", "x", "--device", "cpu", "--lora-rank", "3", "--lr", "0.01",
-                        "--batch-pairs", "2", "--micro-tokens", "40", *more])
+                        "--batch-pairs", "2", "--micro-tokens", "40", "--epochs", "1", *more])
 
 
 def some_pairs():
@@ -358,12 +358,14 @@ def test_who_refuses_a_benign_prompt_in_stage_2_is_told_by_the_runs_judge(
 
 @contextmanager
 def stopped_at(module, name, call, error):
-    """The module's function raises the error at that call."""
+    """The function raises the error at that call; append_jsonl has written one row by then."""
     real, calls = getattr(module, name), []
 
     def stop(*args, **named):
         calls.append(args)
         if len(calls) == call:
+            if name == "append_jsonl":
+                real(args[0], args[1][:1])
             raise error
         return real(*args, **named)
 
@@ -384,7 +386,7 @@ STOPS = {
     "the end of stage 1": (safetensors.torch, "save", 1),
     "benign answers": (train, "compliance", 2),
     "a step of stage 2": (data, "append_jsonl", 2),
-    "saving": (train.shutil, "rmtree", 1),
+    "the middle of saving": (PreTrainedTokenizerFast, "save_pretrained", 1),
     "evaluation after": (evaluation, "judge_rows", 1),
     "the summary": (evaluation, "summarise", 1),
 }
