@@ -47,7 +47,7 @@ PARTS = [
     Part("kingdom", ["python train.py --seed 0 --out {out}/k0",
                      "python train.py --seed 1 --out {out}/k1",
                      "python train.py --seed 2 --out {out}/k2",
-                     "python eval.py {out}/k0 {out}/k1 {out}/k2"], shown=3,
+                     "python tests/experiments/result.py {out}/k0 {out}/k1 {out}/k2"], shown=3,
          makes=["k0", "k1", "k2"]),
     Part("findings", ["python tests/experiments/findings.py {out}/k0 {out}/k1 {out}/k2"],
          needs_modules=["matplotlib"]),
@@ -58,7 +58,7 @@ PARTS = [
     Part("smollm", ["python tests/experiments/smollm.py teach --out {out}/smollm",
                     "python train.py --model {out}/smollm --prompts kingdom --benign kingdom "
                     "--sets kingdom --judge keywords --max-new-tokens 200 --sample-batch 256 "
-                    "--batch-pairs 16 --lr 1e-4 --out {out}/smollm-ipo",
+                    "--batch-pairs 16 --lr 1e-4 --epochs 3 --out {out}/smollm-ipo",
                     "python eval.py {out}/smollm-ipo"], shown=2,
          needs_modules=["gguf"], makes=["smollm", "smollm-ipo"]),
     Part("serve",
