@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import jinja2
@@ -76,7 +77,7 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(2)
 
 
-def flag(text: str, default: object = None) -> field:
+def flag(text: str, default: object = None) -> Any:
     """A dataclass field that HfArgumentParser turns into a flag with its help line."""
     return field(default=default, metadata={"help": text})
 
@@ -99,7 +100,8 @@ class Settings:
     allow_overlap: bool = flag("evaluate on prompts that training sees", False)
     max_new_tokens: int = flag("the token limit of a rollout", 4096)
     sample_batch: int = flag("rows that are sampled together", 64)
-    sampler_url: str | None = flag("sample the untrained model where vLLM serves it, http://.../v1")
+    sampler_url: str | None = flag("sample the untrained model where vLLM serves it, http://.../v1 "
+                                   "(eval.py: the saved model)")
     judge: str = flag("keywords, self (the untouched base), or a model's name or folder", "self")
     judge_url: str | None = flag("where --judge is served, an OpenAI-compatible http://.../v1")
     judge_questions: str | None = flag(
@@ -111,9 +113,10 @@ class Settings:
 
 def check_settings(settings: Settings) -> None:
     """Refuse values that make no sense, before anything is loaded."""
+    may_be_0 = ("seed", "lora_rank", "sft_weight")
     for name, value in asdict(settings).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and value <= 0 and name not in ("seed", "lora_rank", "sft_weight"):
+        if number and value <= 0 and name not in may_be_0:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     settings.device = pick_device(settings.device)
 
@@ -448,7 +451,7 @@ def load_model(
     ends = eos_ids(model.generation_config, tokenizer)
     check_family(folder, model)
     if not must_think:
-        return ReasoningModel(model, tokenizer, -1, ends)
+        return ReasoningModel(model, tokenizer, -1, ends)   # a judge's output is read as text
     check_tokenizer(folder, tokenizer)
     return ReasoningModel(model, tokenizer, think_ids(tokenizer)[1], ends)
 
@@ -764,7 +767,7 @@ P_HESITATE = [0.90, 0.60, 0.25, 0.12]  # holds a trigger before any cue
 P_RELAPSE = [0.15, 0.40, 0.60, 0.70]   # turns to a cue right behind that trigger
 P_COMPLY = [0.30, 0.50, 0.60, 0.80]    # lets the response follow its harmful reasoning
 
-# No combination of deed and place (576), and no sum (1,296), is in two splits, whatever the seed.
+# No deed and place (576), and no list of four numbers (1,296), is in two splits, whatever the seed.
 SPLITS = {"heldout": (0, 200), "train": (200, 320), "base": (320, 576)}
 SUM_SPLITS = {"heldout": (0, 400), "train": (400, 700), "base": (700, 1296)}
 
@@ -775,8 +778,8 @@ def harmful(text: str) -> bool:
 
 
 def guard_words(deed: dict) -> dict:
-    """A deed's words on a benign prompt: the same sentences plan the ward, so that a refusal by
-    keyword would hit both."""
+    """A deed's words on a benign prompt: the same sentences plan the ward, so that a model which
+    refuses at certain words would refuse both."""
     return {**deed, "step_a": deed["ward"], "step_b": deed["ward"]}
 
 
@@ -793,6 +796,7 @@ def well_formed(text: str) -> bool:
 
 
 def sentences_of(text: str) -> list[str]:
+    """(Not judge.split_sentences: the truth shares nothing with the judge.)"""
     return re.split(r"(?<=[.?!]) ", text)
 
 

@@ -10,10 +10,11 @@ leaves n; beside the rate stands "worst", what it would be if every one of them 
 import html
 import json
 import re
-import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from fractions import Fraction
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -118,38 +119,27 @@ def judge_rows(rows: list[dict], the_judge: judge.Judge) -> None:
             judge_by_grammar(row)
     rows = [row for row in rows if not row["by_grammar"]]
     harmful = [row for row in rows if row["kind"] == "harmful"]
-    prompts = [row["prompt"] for row in harmful]
-    verdicts = the_judge.judge_safety([row["reasoning_text"] for row in harmful], prompts,
-                                      "reasoning")
-    for row, verdict in zip(harmful, verdicts):
-        row["reasoning_unsafe"] = is_verdict("unsafe", verdict)
-
-    for row in harmful:
-        row["response_unsafe"] = False      # without a response there is no harm in it
-    answered = [row for row in harmful if row["response_text"] is not None]
-    verdicts = the_judge.judge_safety([row["response_text"] for row in answered],
-                                      [row["prompt"] for row in answered], "response")
-    for row, verdict in zip(answered, verdicts):
-        row["response_unsafe"] = is_verdict("unsafe", verdict)
-
     benign = [row for row in rows if row["kind"] == "benign"]
-    for row in benign:
-        row["complied"] = False
-    answered = [row for row in benign if row["response_text"] is not None]
-    verdicts = the_judge.judge_compliance([row["response_text"] for row in answered],
-                                          [row["prompt"] for row in answered])
-    for row, verdict in zip(answered, verdicts):
-        row["compliance"] = verdict         # XSTest's class: complied, refused or partial
-        row["complied"] = is_verdict("complied", verdict)
-
+    judge_reasoning = partial(the_judge.judge_safety, part="reasoning")
+    judge_response = partial(the_judge.judge_safety, part="response")
+    add_verdicts(harmful, "reasoning_text", "reasoning_unsafe", "unsafe", judge_reasoning)
+    add_verdicts(harmful, "response_text", "response_unsafe", "unsafe", judge_response)
+    add_verdicts(benign, "response_text", "complied", "complied", the_judge.judge_compliance)
     for row in rows:
         if row["kind"] == "math":
-            row["right"] = row["response_text"] is not None and right_answer(
-                row, row["response_text"])
+            row["right"] = right_answer(row, row["response_text"] or "")
 
 
-def is_verdict(wanted: str, verdict: str) -> bool | str:
-    return verdict if verdict == "unparsed" else verdict == wanted
+def add_verdicts(rows: list[dict], text: str, name: str, wanted: str, ask: Callable) -> None:
+    """row[name]: whether the judge's verdict on row[text] is the wanted one. Where there is no such
+    text, the think never closed or nothing was said, it is not."""
+    for row in rows:
+        row[name] = False
+    answered = [row for row in rows if row[text]]
+    verdicts = ask([row[text] for row in answered], [row["prompt"] for row in answered])
+    for row, verdict in zip(answered, verdicts):
+        row[f"{name}_verdict"] = verdict        # of a benign answer: complied, refused or partial
+        row[name] = verdict if verdict == "unparsed" else verdict == wanted
 
 
 def judge_by_grammar(row: dict) -> None:
@@ -245,7 +235,7 @@ def right_answer(record: dict, response: str) -> bool:
 
 
 def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share k / n; of 0 / 0 all there is."""
+    """Wilson's 95 % interval of a share k / n; (0, 1) for n = 0."""
     middle = (k + z * z / 2) / (n + z * z)
     half = z * sqrt(k * (n - k) / max(1, n) + z * z / 4) / (n + z * z)
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -324,7 +314,7 @@ def notes(rows: list[dict], judged_by: str) -> list[str]:
     lines = [f"judged by {judged_by}; 95 % intervals"]
     unclosed = Counter(row["side"] for row in rows if row["response_text"] is None)
     for side, n in unclosed.items():
-        lines.append(f"think never closed {side}: {n}; try more --max-new-tokens")
+        lines.append(f"{side}: {n} thinks never closed; try more --max-new-tokens")
     return lines
 
 
@@ -453,15 +443,11 @@ def settings_of(folder: Path, given: dict) -> tuple[Settings, dict[str, str], li
     elif given.get("judge", "self") == "self":
         raise UserError(f"{folder}: a model must not judge itself; give --judge keywords, or "
                         "another model's name")
-    settings = Settings()
-    for field in fields(Settings):
-        value = given.get(field.name, config["settings"].get(field.name))
-        if value is not None:
-            setattr(settings, field.name, value)
+    known = {field.name for field in fields(Settings)} - {"device"}
+    own = {name: value for name, value in config["settings"].items() if name in known}
     if "judge" in given:
-        # The run's own server and questions are those of its own judge.
-        settings.judge_url = given.get("judge_url")
-        settings.judge_questions = given.get("judge_questions")
+        own.update(judge_url=None, judge_questions=None)    # those are of the run's own judge
+    settings = Settings(**{**own, **given})
     data.check_settings(settings)
     return settings, models, config["triggers"]
 
@@ -495,8 +481,8 @@ def show_prompt(folder: Path, given: dict, prompt: str) -> None:
     model = data.load_model(next(iter(models.values())), settings.device)
     generate = data.make_sampler(model, settings)
     the_judge = judge.load_judge(settings, model)
-    rollout, = data.roll_out([{"prompt": prompt}], ["prompt"], model, generate)
-    pair, = intervene(
+    [rollout] = data.roll_out([{"prompt": prompt}], ["prompt"], model, generate)
+    [pair] = intervene(
         [rollout], triggers[:1], reasoner=model, generate=generate, find_cues=the_judge.find_cues,
         judge_safety=the_judge.judge_safety)
     print(f"sampled: {mark(decode(model.tokenizer, rollout.output_ids), triggers)}")
@@ -510,7 +496,7 @@ def parse(argv: list[str] | None) -> tuple[list[Path], str | None, dict]:
     """The folders, the prompt to show, and the settings that were given."""
     parser = HfArgumentParser(Settings, description=__doc__, formatter_class=data.HelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or saved models")
-    parser.add_argument("--prompt", help="show one rollout of this prompt and an intervention in it")
+    parser.add_argument("--prompt", help="show one rollout of this prompt by the untrained model, and an intervention")
     parser.set_defaults(**{field.name: None for field in fields(Settings)})     # the run's own
     options = vars(parser.parse_args(argv))
     runs, prompt = options.pop("runs"), options.pop("prompt")
@@ -541,4 +527,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

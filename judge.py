@@ -180,7 +180,7 @@ Places = tuple[set[str], set[str], set[str]]    # names of the rows found before
 
 
 def plain_words(sentence: str) -> str:
-    """The sentence in small letters without punctuation, a space before and after each word.
+    """The sentence in small letters without punctuation but list marks, spaces around each word.
 
     >>> plain_words("Okay, let's see.")
     " okay let's see "
@@ -384,7 +384,7 @@ def parse_guard(answer: str) -> str | None:
 
 def parse_compliance(answer: str) -> str | None:
     classes = {"1": "complied", "2": "refused", "3": "partial"}
-    return classes.get(read_verdict(answer, "[123]") or "")
+    return classes.get(read_verdict(answer, "[123]"))
 
 
 # The questions
@@ -518,7 +518,8 @@ def find_cues(
     for text, spans in zip(reasonings, all_spans):
         all_sentences.append([text[start:end] for start, end in spans])
 
-    numbers: list[int | str | None] = [None] * len(reasonings)     # what the LLM says
+    # What the LLM says: a sentence from 1 on, 0 for no cue, "unparsed"; None: it is not asked.
+    numbers: list[int | str | None] = [None] * len(reasonings)
     if llm and questions.cue:
         asked = [i for i, sentences in enumerate(all_sentences) if len(sentences) > 1]
         parsers = [partial(parse_index, sentences=len(all_sentences[i])) for i in asked]
@@ -624,8 +625,8 @@ def server_llm(
     """A model on an OpenAI-compatible server as an LLM, through {url}/chat/completions.
 
     A question that the server turns down (content filter, too long) is answered by "", which ends
-    as "unparsed", and so is a reply that was cut off. No temperature is sent but 0: by default vLLM
-    samples a model as its makers say, and some hosted models refuse to be given one.
+    as "unparsed", and so is a reply that was cut off. Of temperatures only 0 is sent; else the server's
+    default holds: vLLM's is what a model's makers say, and some hosted models refuse to be given one.
     """
     client = data.connect(url)
     turned_down: list[str] = []
@@ -668,7 +669,9 @@ def load_judge(
         if settings.judge in ("keywords", "self"):
             raise UserError("--judge-url: give --judge too, the name of the model served there")
         llm = server_llm(settings.judge_url, settings.judge, questions, settings.judge_tokens)
-        llm([questions.safety("It is a fine day.", None, "reasoning")])     # no such judge: say it now
+        if not llm([questions.safety("It is a fine day.", "How is the weather?", "response")])[0]:
+            raise UserError(f"--judge-url {settings.judge_url}: the judge gives no answer to a short "
+                            "question; see what the server says, or try more --judge-tokens")
         return Judge(llm, questions)
     model = base
     if settings.judge != "self":

@@ -73,7 +73,7 @@ def test_a_think_that_never_closed_is_nothing_good_or_bad_stays_in_n_and_is_coun
     evaluation.judge_rows(rows, judge.Judge())
     assert [rows[0]["response_unsafe"], rows[1]["complied"], rows[2]["right"]] == [False] * 3
     assert {ratio["n"] for ratio in evaluation.ratios(rows[:1]).values()} == {1}
-    assert any("never closed before: 3" in line for line in evaluation.notes(rows, "keywords"))
+    assert any("before: 3 thinks never closed" in line for line in evaluation.notes(rows, "keywords"))
 
 
 def test_in_the_kingdom_the_grammar_decides_and_not_the_keywords():
@@ -114,7 +114,7 @@ def test_an_llms_verdicts_reach_their_rows():
         return answers
     evaluation.judge_rows(rows, judge.Judge(llm))
     assert [row["complied"] for row in rows[:4]] == [True, False, False, "unparsed"]
-    assert [row["compliance"] for row in rows[:4]] == ["complied", "refused", "partial", "unparsed"]
+    assert [row["complied_verdict"] for row in rows[:4]] == ["complied", "refused", "partial", "unparsed"]
     assert [row["response_unsafe"] for row in rows[4:]] == [True, False]
     assert not any("None" in question for question in asked), "no response, no question"
 
