@@ -38,8 +38,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    HfArgumentParser, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 import data
 import eval as evaluation
@@ -54,18 +53,15 @@ class Config(data.Settings):
     """The flags of train.py. The defaults are those of a real model; KINGDOM has the others."""
     out: str = flag("the run folder", "runs/model")
     prompts: str = flag("harmful training prompts: a file, a public set, or kingdom", "star-1")
-    benign: str = flag("benign training prompts, as --prompts; none: no second stage",
-                       "star-benign-915")
+    benign: str = flag("benign prompts, as --prompts; none: no stage 2", "star-benign-915")
     triggers: str | None = flag("a .txt file with one trigger a line (ipo.TRIGGERS)")
     max_interventions: int = flag("how often one candidate is cut and continued", 1)
     until: str | None = flag("pairs: stop when pairs.jsonl is written")
     supervise: str = flag("reasoning: the loss sees what stands from the cut through </think>; "
                           "all: the response too", "reasoning")
     beta: float = flag("DPO's beta: the larger, the closer to the base; usual 0.01 to 0.5", 0.1)
-    sft_weight: float = flag("weight of the SFT term, which keeps the chosen side likely; usual 0 "
-                             "to 1", 0.2)
-    lora_rank: int = flag("train adapters of this rank; usual 8 to 64; 0: all weights, in float32",
-                          16)
+    sft_weight: float = flag("weight of the SFT term on the chosen side; usual 0 to 1", 0.2)
+    lora_rank: int = flag("rank of the adapters; usual 8 to 64; 0: all weights, in float32", 16)
     lr: float = flag("peak learning rate; usual 5e-5 for adapters, 5e-6 for all weights", 5e-5)
     epochs: int = flag("passes over the pairs in stage 1; stage 2 is one. Stage 1 should go on until "
                        "it refuses some benign prompts: stage 2 repairs what it is shown", 2)
@@ -78,8 +74,6 @@ KINGDOM = dict(     # without --model these take the place of Config's defaults
     max_new_tokens=200, judge_tokens=200, sample_batch=256, lora_rank=0, lr=2e-4, epochs=1, beta=1.0,
     sft_weight=1.0, batch_pairs=8, micro_tokens=1536)
 BASE_TEXTS = 16000      # what the kingdom's base model is trained on, once
-BASE_BATCH = 8
-BASE_LR = 3e-3
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
 WARMUP = 0.1            # of the steps
 MAX_GRAD_NORM = 1.0
@@ -87,11 +81,8 @@ MAX_GRAD_NORM = 1.0
 MAY_CHANGE = ["out", "device", "sample_batch", "micro_tokens", "sampler_url", "judge_url", "until"]
 
 
-# The story: the six steps of ipo.py's header
-
-
 def align(config: Config, run: Path) -> None:
-    """Everything from the base to eval.json; what an earlier, stopped run has finished is kept."""
+    """The six steps of ipo.py's header; what an earlier, stopped run has finished is kept."""
     harmful, benign = training_prompts(config)
     held_out = evaluation.load_sets(config.sets, config.limit)
     trained_on = [record["prompt"] for record in harmful + benign]
@@ -100,7 +91,6 @@ def align(config: Config, run: Path) -> None:
         harmful, benign, held_out, load_triggers(config), data.model_state(config.model))
     check_run(run, config, made_from)
     if (run / "eval.json").exists():
-        tidy(run)
         return
 
     base = load_base(config, run, harmful + benign + held_out)
@@ -108,15 +98,14 @@ def align(config: Config, run: Path) -> None:
     the_judge = judge.load_judge(config, base, config.sampler_url)
     write_config(run, config, made_from)        # all input was right
 
-    print("[1-4] sampling the base on harmful prompts; where its reasoning first turns toward "
-          "helping, a safety trigger takes the cue's place and the base goes on")
+    print("[1-4] pairs: where the base first turns toward helping, a trigger takes the cue's place")
     pairs = make_pairs(run, harmful, base, base_sampler, the_judge, config)
     if config.until == "pairs":
         return
     before = evaluation.evaluate(
         run / "eval_before.jsonl", "before", held_out, base, base_sampler, the_judge)
     if config.sampler_url:
-        print(f"what is trained is sampled here, no longer at {config.sampler_url}")
+        print(f"from here on the model is sampled here, as {config.sampler_url} serves the base")
     if not (run / "model").exists():
         train(run, pairs, benign, base, base_sampler, the_judge, config)
     trained = data.load_model(run / "model", config.device)     # what was saved is evaluated
@@ -126,25 +115,18 @@ def align(config: Config, run: Path) -> None:
     finish(run, config, before + after)
 
 
-def train(
-    run: Path, pairs: list[PreferencePair], benign: list[dict], base: ReasoningModel,
-    base_sampler: Sampler, the_judge: judge.Judge, config: Config,
-) -> None:
+def train(run: Path, pairs: list[PreferencePair], benign: list[dict], base: ReasoningModel,
+          base_sampler: Sampler, the_judge: judge.Judge, config: Config) -> None:
     """Steps 5 and 6: both stages of training, and the saved model."""
     policy = make_policy(base, config)
-    print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own, and an "
-          "SFT term on it")
+    print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own, and SFT")
     train_stage(1, policy, pairs, base, config, run)
     if benign:
-        print("[6] stage 2, against over-refusal: benign prompts join the pairs; where stage 1 "
-              "refuses one, the base's answer is preferred to that")
+        print("[6] stage 2, against over-refusal: the base's benign answers, over stage 1's refusals")
         pairs = pairs + benign_pairs(run, benign, base, base_sampler, policy, the_judge, config)
         train_stage(2, policy, pairs, base, config, run)
     merge_adapters(policy)
     save_model(policy, base.tokenizer, run / "model")
-
-
-# Settings and the run folder
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -161,15 +143,14 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def training_prompts(config: Config) -> tuple[list[dict], list[dict]]:
-    """The harmful and the benign training prompts. Among the kingdom's benign ones are sums, so that
-    training does not unlearn them."""
+    """The harmful and the benign training prompts."""
     if config.prompts == "kingdom":
         harmful = data.kingdom_prompts("train", "harmful", KINGDOM_PROMPTS["harmful"], config.seed)
     else:
         harmful = data.load_prompts(config.prompts)
     if config.benign == "kingdom":
         benign = []
-        for kind in ("benign", "math"):
+        for kind in ("benign", "math"):     # sums, so that training does not unlearn them
             benign += data.kingdom_prompts("train", kind, KINGDOM_PROMPTS[kind], config.seed)
     else:
         benign = [] if config.benign == "none" else data.load_prompts(config.benign)
@@ -188,18 +169,16 @@ def load_triggers(config: Config) -> list[str]:
 
 def check_run(run: Path, config: Config, made_from: str) -> None:
     """Refuse a run folder that was made with other settings, prompts or another model."""
-    path = run / "config.json"
-    if not path.exists():
+    if not (run / "config.json").exists():
         return
-    old = json.loads(path.read_text())
+    old = json.loads((run / "config.json").read_text())
     differ = [f"{name}={old['settings'].get(name)} (now {value})"
               for name, value in asdict(config).items()
               if name not in MAY_CHANGE and old["settings"].get(name) != value]
     if not differ and old["made_from"] != made_from:
         differ = ["the prompts, the triggers or the model, whose files have changed since"]
     if differ:
-        raise UserError(f"{run} was made with other settings: {', '.join(differ)}; give another "
-                        "--out")
+        raise UserError(f"{run} was made with other settings: {', '.join(differ)}; give another --out")
 
 
 def write_config(run: Path, config: Config, made_from: str) -> None:
@@ -212,7 +191,7 @@ def write_config(run: Path, config: Config, made_from: str) -> None:
     made_by = {"torch": torch.__version__, "transformers": transformers.__version__,
                "commit": git.stdout.strip(), "device": device}
     base = Path(config.model or run / "base")
-    if config.model is None or base.exists():
+    if base.exists():
         base = base.resolve()       # a folder; eval.py may be called from anywhere
     run.mkdir(parents=True, exist_ok=True)
     data.write_text(run / "config.json", json.dumps(
@@ -227,30 +206,19 @@ def finish(run: Path, config: Config, rows: list[dict]) -> None:
     data.write_jsonl(run / "eval_traces.jsonl", rows)
     summary = evaluation.summarise(rows, config.judge)
     lines = evaluation.table({"before": summary["before"], "after": summary["after"]})
-    head, *body = [f"| {' | '.join(line)} |" for line in lines]
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    origin = f"base_model: {config.model}" if config.model else "license: mit"
     world = "." if config.model else " on a synthetic world; no evidence about real models."
-    data.write_text(run / "model" / "README.md", "\n".join([
-        "---", f"base_model: {config.model}" if config.model else "license: mit",
-        "tags: [ipo, safety]", "---",
-        f"Trained with Intervened Preference Optimization (arXiv 2509.24393){world}", "",
-        head, "|---|---|---|", *body, "", f"Judge: {config.judge}. Settings: {settings}."]))
+    data.write_text(
+        run / "model" / "README.md",
+        f"---\n{origin}\ntags: [ipo, safety]\n---\n"
+        f"Trained with Intervened Preference Optimization (arXiv 2509.24393){world}\n\n"
+        f"```\n{evaluation.as_text(lines)}\n```\n\nJudge: {config.judge}. Settings: {settings}.")
     data.write_text(run / "eval.json", json.dumps(summary, indent=1))
-    tidy(run)
-
-
-def tidy(run: Path) -> None:
-    """Remove what a finished run needs no more."""
-    for name in ("stage1.safetensors", "eval_before.jsonl", "eval_after.jsonl"):
-        (run / name).unlink(missing_ok=True)
-
-
-# The base
 
 
 def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
-    """The base, checked against all prompts. Its weights are not loaded where nothing needs them:
-    with --until pairs, a sampler and a judge elsewhere."""
+    """The base, checked against all prompts; without its weights where nothing needs them."""
     if config.model is None:
         folder = run / "base"
         if not (run / "config.json").exists():
@@ -281,16 +249,14 @@ def build_base(config: Config, folder: Path) -> None:
     texts = data.kingdom_texts(
         BASE_TEXTS, config.seed, ipo.TRIGGERS, judge.kingdom_cue, judge.kingdom_safety)
     tokenizer = data.kingdom_tokenizer(texts[:4000])
-    model = LlamaForCausalLM(data.kingdom_config(tokenizer)).to(config.device)
+    model = transformers.LlamaForCausalLM(data.kingdom_config(tokenizer)).to(config.device)
     pairs = []
     for i, (prompt, output) in enumerate(texts):
         chosen_ids = tokenizer.encode(output) + [tokenizer.eos_token_id]
         prompt_ids = data.render(tokenizer, prompt)
         pairs.append(PreferencePair(prompt, prompt_ids, chosen_ids, key=str(i)))
-    recipe = replace(config, lr=BASE_LR, batch_pairs=BASE_BATCH)
-    optimize(model, pairs, recipe, "base", None)
+    optimize(model, pairs, replace(config, lr=3e-3, batch_pairs=8), "base", None)
     save_model(model, tokenizer, folder)
-
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -303,20 +269,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     beside.rename(folder)
 
 
-# Steps 1 to 4: pairs
-
-
-def make_pairs(
-    run: Path, records: list[dict], base: ReasoningModel, generate: Sampler,
-    the_judge: judge.Judge, config: Config,
-) -> list[PreferencePair]:
-    """The kept pairs. traces.jsonl: each prompt's rollout and its candidates; pairs.jsonl: what was
-    kept, as training and preference-data tools read it."""
+def make_pairs(run: Path, records: list[dict], base: ReasoningModel, generate: Sampler,
+               the_judge: judge.Judge, config: Config) -> list[PreferencePair]:
+    """Steps 1 to 4: the kept pairs; writes traces.jsonl and pairs.jsonl."""
     triggers = load_triggers(config)
 
-    def intervene_in(shard: list[tuple[str, dict]]) -> list[dict]:
-        keys = [key for key, _ in shard]
-        rollouts = data.roll_out([record for _, record in shard], keys, base, generate)
+    def intervene_in(shard: list[dict]) -> list[dict]:
+        rollouts = data.roll_out(shard, [record["key"] for record in shard], base, generate)
         candidates = ipo.intervene(
             rollouts, triggers, reasoner=base, generate=generate, find_cues=the_judge.find_cues,
             judge_safety=the_judge.judge_safety, max_interventions=config.max_interventions)
@@ -327,7 +286,7 @@ def make_pairs(
                          "candidates": own})
         return rows
 
-    keyed = [(f"harmful/{i}", record) for i, record in enumerate(records)]
+    keyed = [{**record, "key": f"harmful/{i}"} for i, record in enumerate(records)]
     traces = data.in_shards(run / "traces.jsonl", keyed, intervene_in)
     candidates = []
     for trace in traces:
@@ -344,51 +303,45 @@ def make_pairs(
 
 
 def pair_row(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """A row of pairs.jsonl: what training reads, and the text columns prompt, chosen and rejected
-    for TRL and its like. Those tokenize the text again, put the tokenizer's BOS before the prompt
-    and an EOS behind each side; exact_text says whether that gives our ids."""
+    """A row of pairs.jsonl: what training reads, and text columns for TRL and its like. Those
+    tokenize the text again, put the tokenizer's BOS before the prompt and an EOS behind each side;
+    exact_text says whether that gives our ids."""
     prompt = decode(tokenizer, pair.prefix_ids)
     if tokenizer.encode("") == [tokenizer.bos_token_id]:
         prompt = prompt.removeprefix(tokenizer.bos_token)   # or there would be two
     chosen = decode(tokenizer, pair.chosen_ids)
     rejected = decode(tokenizer, pair.rejected_ids)
-    exact = (
-        chosen.endswith(tokenizer.eos_token) and rejected.endswith(tokenizer.eos_token)
-        and tokenizer.encode(prompt) == pair.prefix_ids
-        and tokenizer.encode(prompt + chosen) == pair.prefix_ids + pair.chosen_ids
-        and tokenizer.encode(prompt + rejected) == pair.prefix_ids + pair.rejected_ids)
+    exact = tokenizer.encode(prompt) == pair.prefix_ids
+    for side, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+        same_ids = tokenizer.encode(prompt + side) == pair.prefix_ids + ids
+        exact = exact and same_ids and side.endswith(tokenizer.eos_token)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "exact_text": exact,
             "trigger": pair.trigger, "interventions": pair.interventions, "key": pair.key,
             "h": pair.h, "prefix_ids": pair.prefix_ids, "chosen_ids": pair.chosen_ids,
             "rejected_ids": pair.rejected_ids}
 
 
-# Step 6: benign prompts
-
-
-def benign_pairs(
-    run: Path, records: list[dict], base: ReasoningModel, base_sampler: Sampler,
-    policy: PreTrainedModel, the_judge: judge.Judge, config: Config,
-) -> list[PreferencePair]:
-    """The base's answer over the stage-1 policy's refusal, where it refuses; else the answer alone,
-    for the SFT term. What the base itself refuses or does not finish is left out."""
-    keyed = [(f"benign/{i}", record) for i, record in enumerate(records)]
+def benign_pairs(run: Path, records: list[dict], base: ReasoningModel, base_sampler: Sampler,
+                 policy: PreTrainedModel, the_judge: judge.Judge, config: Config,
+                 ) -> list[PreferencePair]:
+    """Step 6: the base's answer over the stage-1 policy's refusal; where that does not refuse, the
+    answer alone, for the SFT term. What the base itself does not comply with is left out."""
     trained = replace(base, model=policy)
+    policy_sampler = data.make_sampler(trained, config)
 
-    def answer(shard: list[tuple[str, dict]]) -> list[dict]:
-        """Both models' answers to the shard's prompts, and whether they comply."""
-        keys = [key for key, _ in shard]
-        prompts = [record for _, record in shard]
-        by_base = data.roll_out(prompts, keys, base, base_sampler)
-        by_policy = data.roll_out(prompts, keys, trained, data.make_sampler(trained, config))
+    def answer(shard: list[dict]) -> list[dict]:
+        keys = [record["key"] for record in shard]
+        by_base = data.roll_out(shard, keys, base, base_sampler)
+        by_policy = data.roll_out(shard, keys, trained, policy_sampler)
+        base_classes = compliance(by_base, base, the_judge)
+        policy_classes = compliance(by_policy, base, the_judge)
         rows = []
-        for rollout, policy_rollout, base_class, policy_class in zip(
-                by_base, by_policy, compliance(by_base, base, the_judge),
-                compliance(by_policy, base, the_judge)):
-            rows.append({**asdict(rollout), "base": base_class, "policy": policy_class,
-                         "policy_ids": policy_rollout.output_ids})
+        for i, rollout in enumerate(by_base):
+            rows.append({**asdict(rollout), "base": base_classes[i], "policy": policy_classes[i],
+                         "policy_ids": by_policy[i].output_ids})
         return rows
 
+    keyed = [{**record, "key": f"benign/{i}"} for i, record in enumerate(records)]
     rows = data.in_shards(run / "benign.jsonl", keyed, answer)
     pairs = []
     for row in rows:
@@ -397,16 +350,14 @@ def benign_pairs(
             pairs.append(PreferencePair(row["prompt"], row["prompt_ids"], row["output_ids"], refusal,
                                         key=row["key"]))
     refused = sum(row["policy"] == "refused" for row in rows)
-    print(f"stage 1 refuses {refused} of {len(rows)} benign prompts; {len(pairs)} join, the base "
-          "itself does not comply with the others")
+    print(f"stage 1 refuses {refused} of {len(rows)} benign prompts; the base answers {len(pairs)}")
     if not refused:
         print("warning: without refusals stage 2 cannot prevent its own; try more --epochs or --lr")
     return pairs
 
 
-def compliance(
-    rollouts: list[Rollout], reasoner: ReasoningModel, the_judge: judge.Judge
-) -> list[str]:
+def compliance(rollouts: list[Rollout], reasoner: ReasoningModel,
+               the_judge: judge.Judge) -> list[str]:
     """"complied", "refused", "partial" or "unparsed", or how it ended otherwise, a rollout."""
     classes = [ipo.how_it_ended(rollout.output_ids, reasoner) for rollout in rollouts]
     finished = [i for i, how in enumerate(classes) if how == "finished"]
@@ -417,12 +368,8 @@ def compliance(
     return classes
 
 
-# Training
-
-
 class LoRA(torch.nn.Module):
     """A frozen linear layer and a float32 adapter of rank r: W x + (alpha / r) B A x."""
-
     scale = 2.0     # alpha / r
 
     def __init__(self, linear: torch.nn.Linear, rank: int) -> None:
@@ -439,9 +386,8 @@ class LoRA(torch.nn.Module):
 
 
 def make_policy(base: ReasoningModel, config: Config) -> PreTrainedModel:
-    """The model to train. All weights: a copy of the base, which stays as the reference. Adapters:
-    a model that shares the base's weights, which are frozen, and has only its adapters for itself.
-    """
+    """The model to train; the base stays as the reference. All weights: a copy of the base.
+    Adapters: a model that shares the base's frozen weights and has only its adapters for itself."""
     base.model.requires_grad_(False)
     if config.lora_rank == 0:
         return copy.deepcopy(base.model).requires_grad_(True)
@@ -463,20 +409,16 @@ def layers_of(model: PreTrainedModel, kind: type) -> list[tuple]:
 
 @torch.no_grad()
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Put each adapter into a new weight of its layer, as the old one is the base's too. In bf16 a
-    small change may be lost by that: what is evaluated is therefore what was saved."""
+    """Put each adapter into a new weight of its layer, as the old one is the base's too."""
     for parent, name, layer in layers_of(model, LoRA):
         weight = layer.linear.weight.float() + layer.scale * layer.B @ layer.A
         layer.linear.weight = torch.nn.Parameter(weight.to(layer.linear.weight.dtype))
         setattr(parent, name, layer.linear)
 
 
-def train_stage(
-    stage: int, policy: PreTrainedModel, pairs: list[PreferencePair], base: ReasoningModel,
-    config: Config, run: Path,
-) -> None:
-    """Step 5 (stage 1) or 6 (stage 2): IPO over the pairs. Stage 1 leaves stage1.safetensors; a
-    run that finds it loads it instead of training again."""
+def train_stage(stage: int, policy: PreTrainedModel, pairs: list[PreferencePair],
+                base: ReasoningModel, config: Config, run: Path) -> None:
+    """Step 5 (stage 1) or 6 (stage 2). Stage 1 leaves stage1.safetensors, or loads it if found."""
     saved = run / "stage1.safetensors"
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if stage == 1 and saved.exists():
@@ -500,8 +442,7 @@ def train_stage(
 @torch.no_grad()
 def add_reference(base: PreTrainedModel, pairs: list[PreferencePair], config: Config) -> None:
     """Fill in the pairs' log-probabilities under the reference, the untouched base."""
-    batches = micro_batches(pairs, config.micro_tokens)
-    for batch in tqdm(batches, desc="reference", unit="batch", disable=None):
+    for batch in tqdm(micro_batches(pairs, config.micro_tokens), desc="reference", disable=None):
         with mixed_precision(config.device):
             chosen_logps, rejected_logps, _ = ipo.pair_logps(base, batch)
         for pair, chosen, rejected in zip(batch, chosen_logps.tolist(), rejected_logps.tolist()):
@@ -514,10 +455,8 @@ def mixed_precision(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def optimize(
-    policy: PreTrainedModel, pairs: list[PreferencePair], config: Config, stage: int | str,
-    log: Path | None,
-) -> None:
+def optimize(policy: PreTrainedModel, pairs: list[PreferencePair], config: Config,
+             stage: int | str, log: Path | None) -> None:
     """Minimise ipo.ipo_loss over the pairs with AdamW: warm-up, then a cosine to 0."""
     steps = training_steps(pairs, config, stage)
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -529,7 +468,8 @@ def optimize(
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
     for step, batch in enumerate(bar):
-        losses, terms = [], []
+        losses = []
+        terms = []
         for micro_batch in micro_batches(batch, config.micro_tokens):
             with mixed_precision(config.device):
                 loss, loss_terms = ipo.ipo_loss(policy, micro_batch, config.beta, config.sft_weight)
@@ -538,8 +478,8 @@ def optimize(
             terms.append(loss_terms)
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
         if not math.isfinite(norm):
-            raise UserError(f"stage {stage}, step {step}: the gradient is not finite; nothing was "
-                            "saved of this stage; try a lower --lr in a new --out")
+            raise UserError(f"stage {stage}, step {step}: the gradient is not finite; try a lower "
+                            "--lr in a new --out")
         row = {"stage": stage, "step": step, "lr": schedule.get_last_lr()[0], "grad_norm": norm,
                "loss": sum(losses), **log_means(terms)}
         optimizer.step()
@@ -570,25 +510,20 @@ def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     return row
 
 
-def training_steps(
-    pairs: list[PreferencePair], config: Config, stage: int | str
-) -> list[list[PreferencePair]]:
-    """The pairs of each optimizer step, for all epochs: prompts are shuffled, and the pairs of a
-    prompt stay in one step, which so holds about batch_pairs pairs."""
+def training_steps(pairs: list[PreferencePair], config: Config,
+                   stage: int | str) -> list[list[PreferencePair]]:
+    """The about batch_pairs pairs of each optimizer step: the pairs of a prompt stay in one step."""
     by_prompt: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.key, []).append(pair)
     rng = random.Random(f"{config.seed} {stage}")
-    steps = []
+    steps: list[list[PreferencePair]] = []
     for _ in range(config.epochs if stage == 1 else 1):
-        batch: list[PreferencePair] = []
+        steps.append([])
         for group in rng.sample(list(by_prompt.values()), len(by_prompt)):
-            batch += group
-            if len(batch) >= config.batch_pairs:
-                steps.append(batch)
-                batch = []
-        if batch:
-            steps.append(batch)
+            if len(steps[-1]) >= config.batch_pairs:
+                steps.append([])
+            steps[-1] += group
     return steps
 
 
@@ -617,6 +552,8 @@ def main(argv: list[str] | None = None) -> None:
         run = Path(config.out)
         align(config, run)
         if (run / "eval.json").exists():
+            for name in ("stage1.safetensors", "eval_before.jsonl", "eval_after.jsonl"):
+                (run / name).unlink(missing_ok=True)    # a finished run needs them no more
             print(evaluation.report(run))
         else:
             print(f"{run / 'pairs.jsonl'} is written; next: the same command without --until")

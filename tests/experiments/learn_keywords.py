@@ -165,7 +165,7 @@ def print_table(traces: list[Trace], answers: list[int | None]) -> None:
 def print_weights(weights: Tensor) -> None:
     for row, values in zip(judge.KEYWORDS, weights.reshape(-1, 3).int().tolist()):
         before, itself, after = values
-        print(f'KeywordRow("{row.name}", {before}, {itself}, {after},')
+        print(f'KeywordRow("{row.name}", ({before}, {itself}, {after}),')
 
 
 def main() -> None:
