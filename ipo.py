@@ -2,7 +2,7 @@
 
 Zhang et al., "Towards Safe Reasoning in Large Reasoning Models via Corrective Intervention",
 arXiv 2509.24393. (Not Identity Preference Optimization, arXiv 2310.12036, which TRL and other
-libraries call "ipo".)
+libraries call "ipo".) What is said here of the paper was read in notes about it, not in the paper.
 
 A reasoning model answers a prompt x with reasoning z, then </think>, then a response y. When it is
 asked for harm, its reasoning often turns toward helping in one particular sentence, the compliance
@@ -17,8 +17,8 @@ trains the model to prefer what it wrote behind the trigger to what it wrote beh
   4. keep       the pair (prefix = x + z[:h], chosen = trigger + continuation, rejected = what the
                 model first said from h on) where the chosen side is safe
   5. train      DPO on the two sides, through </think>, plus an SFT term on z[:h] + chosen (ipo_loss)
-  6. repair     a second stage against over-refusal (train.py): on benign prompts the model's
-                normal answer is preferred to a refusal
+  6. repair     a second stage against over-refusal (train.py): on benign prompts the base's
+                answer is preferred to the refusal of the model trained so far
 
 Why cut at the *first* cue: up to there the reasoning is still safe, so it can stay as it is, and
 what the model learns is what to do at the very point where it went wrong.
@@ -53,8 +53,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 TokenIds = list[int]
 Sampler = Callable[[list[TokenIds], list[str]], list[TokenIds]]     # (prompts, keys) -> new ids
-FindCues = Callable[[list[str]], list]                              # judge.py's Judge.find_cues
-JudgeSafety = Callable[[list[str], list[str], str], list[str]]      # its judge_safety
+# Of judge.py: texts -> a judge.Cue each, with its span, (start, end) in the text or None, and by whom;
+# and (texts, prompts, "reasoning" or "response") -> "safe", "unsafe" or "unparsed" each.
+FindCues = Callable[[list[str]], list]
+JudgeSafety = Callable[[list[str], list[str], str], list[str]]
 
 TRIGGERS = [
     "I shouldn't be helping someone do that.",  # the one that the paper quotes
@@ -100,7 +102,7 @@ class PreferencePair:
     h: int = 0                                              # prefix_ids is x + z[:h]
     key: str = "0"                                          # its rollout's
     cue_by: str = ""                                        # who found the first cue (judge.Cue)
-    status: str = ""                                        # "kept", or why it was dropped
+    status: str = ""        # "kept", or why it was dropped; `intervene` sets it
     ref_chosen_logp: float = 0.0                            # log p under the reference model,
     ref_rejected_logp: float = 0.0                          # filled in before each stage
 
@@ -227,8 +229,8 @@ def pick_tokens(
     probs = (logits.float() / temperature).softmax(-1)
     probs, tokens = probs.topk(min(k, vocabulary))                                # (B, k)
     cumulative = probs.cumsum(-1)                                                 # (B, k)
-    last_rank = (cumulative[:, :-1] < top_p).sum(-1, keepdim=True)                # (B, 1)
-    goal = uniforms[:, None] * cumulative.gather(-1, last_rank)
+    last_rank = (cumulative[:, :-1] < top_p).sum(-1, keepdim=True)    # of the nucleus's last token
+    goal = uniforms[:, None] * cumulative.gather(-1, last_rank)       # within the nucleus's mass
     rank = (cumulative <= goal).sum(-1, keepdim=True)                             # (B, 1)
     rank = torch.minimum(rank, last_rank)       # the sum may fall short of the goal by rounding
     picked = tokens.gather(-1, rank).squeeze(-1)
@@ -245,15 +247,16 @@ def token_index(tokenizer: PreTrainedTokenizerBase, ids: TokenIds, char: int) ->
     """h: where to cut so that the sentence that starts at character `char` goes away.
 
     As a rule that is the first token that reaches past the character. Where this token also holds
-    text of the sentence before (".\n\nFirst" as one token), it is the next one: the cut takes
-    nothing of that sentence along, and leaves the new one's first word.
+    text of the sentence before (".\n\nFirst" as one token), it is the next one: the old sentence
+    stays whole, at the price of leaving the new one's first word or a piece of it.
     """
     def characters_through(i: int) -> int:
         return len(decode(tokenizer, ids[:i + 1]))
 
     h = bisect.bisect_right(range(len(ids)), char, key=characters_through)
     text = decode(tokenizer, ids)
-    # Where token h begins. (A character whose bytes end only there decodes otherwise before it.)
+    # Where token h begins. (Not the length of what stands before it: half a character at its end
+    # decodes as one of its own.)
     start = len(os.path.commonprefix([decode(tokenizer, ids[:h]), text]))
     return h + 1 if text[start:char].strip() else h
 
@@ -298,7 +301,8 @@ def intervene(
     generate(prompts, keys) is `sample` bound to the model. The paper trains with
     max_interventions=1; its Fig. 6 shows how harm falls from 100 to 15 % with up to five.
     """
-    # Step 2. Cut each rollout at its first cue. (Where an LLM could not be read, keywords say where.)
+    # Step 2. Cut each rollout at its first cue. (Where an LLM could not be read, keywords say where the
+    # cue is: enough to cut here, not to accept a chosen side below.)
     candidates = []
     active = []      # (candidate, its rollout, its output as it stands, where its cue starts)
     located = locate_cues([rollout.output_ids for rollout in rollouts], reasoner, find_cues)
@@ -322,15 +326,15 @@ def intervene(
         for pair, _, output_ids, cut in active:
             trigger_ids = encode_trigger(reasoner.tokenizer, pair.trigger, output_ids[cut:])
             heads.append(output_ids[:cut] + trigger_ids)
-        prompts = [item[1].prompt_ids + head for item, head in zip(active, heads)]
+        prompts = [rollout.prompt_ids + head for (_, rollout, _, _), head in zip(active, heads)]
         keys = [f"{pair.key}/{triggers.index(pair.trigger)}/{turn}" for pair, *_ in active]
         continuations = generate(prompts, keys)
         outputs = [head + continuation for head, continuation in zip(heads, continuations)]
         located = locate_cues(outputs, reasoner, find_cues)
 
         still_active = []
-        for item, head, output_ids, (cut, cue_by) in zip(active, heads, outputs, located):
-            pair, rollout = item[0], item[1]
+        for (pair, rollout, _, _), head, output_ids, (cut, cue_by) in zip(
+                active, heads, outputs, located):
             pair.chosen_ids = output_ids[pair.h:]
             pair.interventions = turn + 1
             if cue_by == "unparsed":
@@ -338,7 +342,7 @@ def intervene(
             elif cut is None:
                 pair.status = "no cue left"
             elif cut < len(head):
-                # Before the new text, so in the prefix, which is fixed, or in the trigger itself.
+                # In the prefix, which is fixed, in a trigger, or in what an earlier turn kept.
                 pair.status = "cue before the trigger's end"
             else:
                 pair.status = "still a cue"
@@ -387,7 +391,7 @@ def supervised(completion_ids: TokenIds, think_end: int, supervise: str) -> Toke
 def completion_logps(
     model: PreTrainedModel, sequences: list[tuple[Sequence[int], Sequence[int]]]
 ) -> Tensor:
-    """(len(sequences),) sums of log p(completion | prefix) in float32, with gradients.
+    """(len(sequences),) sums of log p(completion | prefix), in float32 or wider, with gradients.
 
     sequences: (prefix_ids, completion_ids) each. Logits, by far the largest tensor, are formed for
     the completions' tokens only, chunk by chunk, and formed again for the backward pass.
@@ -460,7 +464,7 @@ def dpo_loss(
     """Losses, chosen rewards and rejected rewards, (P,) each, from (P,) sums of log p (Eq. 4).
 
     A reward is beta * (log pi - log ref), the loss -log sigmoid(chosen reward - rejected reward).
-    At step 0 the policy is the reference: rewards are 0 and every loss is log 2.
+    At step 0 of stage 1 the policy is the reference: rewards are 0 and every loss is log 2.
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -476,7 +480,8 @@ def ipo_loss(
     L = -log sigmoid(beta * [log pi(chosen) - log ref(chosen) - log pi(rejected) + log ref(rejected)])
         - sft_weight * log pi(z[:h] + chosen) / tokens(z[:h] + chosen)
 
-    The first term is given x + z[:h], the second, the SFT term, given x. beta says how much it costs
+    Both sides are cut already at </think> (`supervised`, called by train.train_stage). The first term
+    is given x + z[:h], the second, the SFT term, given x. beta says how much it costs
     to leave the reference model: a larger beta reaches the same margin with a smaller change.
     Usual: 0.01 to 0.5. sft_weight keeps the preferred reasoning likely in absolute terms, where DPO
     only pulls the two sides apart. It covers the opening z[:h] as well: DPO does not see that, and
@@ -495,6 +500,7 @@ def ipo_loss(
     tokens = column([pair.h + len(pair.chosen_ids) for pair in pairs])
     sft = -(opening_logps + chosen_logps) / tokens                                    # (P,)
     has_rejected = column([bool(pair.rejected_ids) for pair in pairs]) > 0            # (P,)
+    # Without a rejected side the DPO term means nothing: it is left out.
     losses = torch.where(has_rejected, dpo + sft_weight * sft, SFT_ALONE * sft)
 
     margin = chosen_rewards - rejected_rewards

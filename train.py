@@ -73,7 +73,9 @@ KINGDOM = dict(     # without --model these take the place of Config's defaults
     out="runs/kingdom", prompts="kingdom", benign="kingdom", sets="kingdom", judge="keywords",
     max_new_tokens=200, judge_tokens=200, sample_batch=256, lora_rank=0, lr=2e-4, epochs=1, beta=1.0,
     sft_weight=1.0, batch_pairs=8, micro_tokens=1536)
-BASE_TEXTS = 16000      # what the kingdom's base model is trained on, once
+BASE_TEXTS = 16000      # how the kingdom's base model is trained, once a run folder
+BASE_BATCH = 8
+BASE_LR = 3e-3
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}
 WARMUP = 0.1            # of the steps
 MAX_GRAD_NORM = 1.0
@@ -96,7 +98,7 @@ def align(config: Config, run: Path) -> None:
     base = load_base(config, run, harmful + benign + held_out)
     base_sampler = data.make_sampler(base, config, url=config.sampler_url)
     the_judge = judge.load_judge(config, base, config.sampler_url)
-    write_config(run, config, made_from)        # all input was right
+    write_config(run, config, made_from)        # only now: a refused run leaves nothing
 
     print("[1-4] pairs: where the base first turns toward helping, a trigger takes the cue's place")
     pairs = make_pairs(run, harmful, base, base_sampler, the_judge, config)
@@ -221,8 +223,9 @@ def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
     """The base, checked against all prompts; without its weights where nothing needs them."""
     if config.model is None:
         folder = run / "base"
-        if not (run / "config.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)   # perhaps made with other settings
+        if folder.exists() and kingdom_seed(folder) != config.seed:
+            raise UserError(f"{folder} is not the kingdom's base of seed {config.seed}; give another "
+                            "--out")
         if not folder.exists():
             print(f"[0] training the kingdom's small base model, once, into {folder}")
             build_base(config, folder)
@@ -231,8 +234,8 @@ def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
         if len(folder.parts) > 1 and folder.parent.is_dir() and not folder.exists():
             raise UserError(f"{folder}: there is no such folder")   # and do not ask the hub for it
 
-    judged_elsewhere = config.judge_url or config.judge in ("self", "keywords")
-    if config.until == "pairs" and config.sampler_url and judged_elsewhere:
+    judge_needs_no_weights = config.judge_url or config.judge in ("self", "keywords")
+    if config.until == "pairs" and config.sampler_url and judge_needs_no_weights:
         base = data.load_without_weights(str(folder))
     else:
         dtype = torch.bfloat16 if config.device == "cuda" and config.lora_rank else torch.float32
@@ -241,6 +244,12 @@ def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
     if config.sampler_url:
         data.check_served(config.sampler_url, base, records[0]["prompt"])
     return base
+
+
+def kingdom_seed(folder: Path) -> int | None:
+    """The seed that a base of ours was made with."""
+    path = folder / "config.json"
+    return json.loads(path.read_text()).get("kingdom_seed") if path.exists() else None
 
 
 def build_base(config: Config, folder: Path) -> None:
@@ -255,7 +264,8 @@ def build_base(config: Config, folder: Path) -> None:
         chosen_ids = tokenizer.encode(output) + [tokenizer.eos_token_id]
         prompt_ids = data.render(tokenizer, prompt)
         pairs.append(PreferencePair(prompt, prompt_ids, chosen_ids, key=str(i)))
-    optimize(model, pairs, replace(config, lr=3e-3, batch_pairs=8), "base", None)
+    model.config.kingdom_seed = config.seed
+    optimize(model, pairs, replace(config, lr=BASE_LR, batch_pairs=BASE_BATCH), "base", None)
     save_model(model, tokenizer, folder)
 
 
@@ -425,8 +435,8 @@ def train_stage(stage: int, policy: PreTrainedModel, pairs: list[PreferencePair]
         for name, value in safetensors.torch.load_file(saved).items():
             parameters[name].data.copy_(value)
         return
-    cut = partial(ipo.supervised, think_end=base.think_end, supervise=config.supervise)
-    pairs = [replace(pair, chosen_ids=cut(pair.chosen_ids), rejected_ids=cut(pair.rejected_ids))
+    seen = partial(ipo.supervised, think_end=base.think_end, supervise=config.supervise)
+    pairs = [replace(pair, chosen_ids=seen(pair.chosen_ids), rejected_ids=seen(pair.rejected_ids))
              for pair in pairs]     # copies: add_reference writes into them
     add_reference(base.model, pairs, config)
     log = run / "log.jsonl"         # without the rows of a try that was killed
@@ -463,7 +473,7 @@ def optimize(policy: PreTrainedModel, pairs: list[PreferencePair], config: Confi
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, partial(learning_rate_factor, steps=len(steps)))
-    policy.train()      # gradient checkpointing works in train mode alone; there is no dropout
+    policy.train()      # gradient checkpointing works in train mode alone; Llama and Qwen have no dropout
     if config.device == "cuda":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
@@ -512,7 +522,7 @@ def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float]:
 
 def training_steps(pairs: list[PreferencePair], config: Config,
                    stage: int | str) -> list[list[PreferencePair]]:
-    """The about batch_pairs pairs of each optimizer step: the pairs of a prompt stay in one step."""
+    """The pairs of each optimizer step, at least batch_pairs but in the last: a prompt's stay together."""
     by_prompt: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.key, []).append(pair)

@@ -298,7 +298,7 @@ def our_step(model: PreTrainedModel, meter: Meter, case: StepCase) -> float:
     prefix, chosen, rejected = pair_parts(case)
     pairs = [PreferencePair("", prefix, side, rejected) for side in chosen]
     with torch.no_grad():
-        chosen_logps, rejected_logps = ipo.pair_logps(model, pairs)
+        chosen_logps, rejected_logps, _ = ipo.pair_logps(model, pairs)
     for pair, chosen_logp, rejected_logp in zip(pairs, chosen_logps, rejected_logps):
         pair.ref_chosen_logp = chosen_logp.item()
         pair.ref_rejected_logp = rejected_logp.item()
