@@ -362,7 +362,7 @@ def benign_pairs(run: Path, records: list[dict], base: ReasoningModel, base_samp
     refused = sum(row["policy"] == "refused" for row in rows)
     print(f"stage 1 refuses {refused} of {len(rows)} benign prompts; the base answers {len(pairs)}")
     if not refused:
-        print("warning: without refusals stage 2 cannot prevent its own; try more --epochs or --lr")
+        print("no refusal to prefer the answers to: if benign compliance falls, try more --epochs")
     return pairs
 
 
