@@ -5,8 +5,8 @@ others nothing. What a part has measured is in OUT.jsonl at once; OUT.md is the 
 
   sample   an 8B Llama with random bf16 weights and adapters of rank 16: tokens a second of
            ipo.sample at 64 and 256 rows around 1,000 tokens of context, against transformers'
-           generate, and as a share of what the memory's bandwidth allows; with the key-value cache
-           that ipo.sample uses (it is copied at every step), and with one that grows by blocks
+           generate, and as a share of what the memory's bandwidth allows; with transformers' own
+           key-value cache, which is copied at every step, and with grouped heads
   step     the same model: seconds, share of peak and memory of a training step of 16,384 tokens
   limits   the largest sampling batch and the longest pair on cards of 80 and 24 GB
   kingdom  python train.py --device cuda
@@ -36,9 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import transformers
 from transformers import (
-    Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor,
+    DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor,
     LogitsProcessorList)
-from transformers.cache_utils import DynamicLayer
 
 import data
 import ipo
@@ -194,51 +193,9 @@ def some_prompts(rows: int, context: int, vocab: int) -> list[TokenIds]:
 # Ways to sample
 
 
-class BlockLayer(DynamicLayer):
-    """A layer's keys and values in buffers that grow by blocks: a step writes its own column and
-    copies nothing, where DynamicLayer copies the whole of both."""
-
-    block = 256
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.key_buffer = key_states[:, :, :0]
-            self.value_buffer = value_states[:, :, :0]
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if end > self.key_buffer.shape[-2]:
-            self.key_buffer = self.grown(self.key_buffer, start, end)
-            self.value_buffer = self.grown(self.value_buffer, start, end)
-        self.key_buffer[:, :, start:end] = key_states
-        self.value_buffer[:, :, start:end] = value_states
-        self.keys = self.key_buffer[:, :, :end]
-        self.values = self.value_buffer[:, :, :end]
-        return self.keys, self.values
-
-    def grown(self, buffer: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """A buffer with room for end columns and up to a block more; it begins with the old one."""
-        rows, heads, _, size = buffer.shape
-        room = (end // self.block + 1) * self.block
-        larger = buffer.new_empty(rows, heads, room, size)
-        larger[:, :, :start] = buffer[:, :, :start]
-        return larger
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Finished rows leave: the one occasion on which the whole buffer is copied."""
-        length = self.get_seq_length()
-        self.key_buffer = self.key_buffer[indices]
-        self.value_buffer = self.value_buffer[indices]
-        self.keys = self.key_buffer[:, :, :length]
-        self.values = self.value_buffer[:, :, :length]
-
-
-def block_cache(config: LlamaConfig) -> Cache:
-    """What stands in for DynamicCache(config=...)."""
-    return Cache(layers=[BlockLayer() for _ in range(config.num_hidden_layers)])
+def copied_cache(model: LlamaForCausalLM) -> DynamicCache:
+    """transformers' own cache, which copies all keys and values at every step."""
+    return DynamicCache(config=model.config)
 
 
 def grouped_attention(
@@ -279,7 +236,7 @@ class Clock(LogitsProcessor):
 
 def by_ipo(
     model: LlamaForCausalLM, prompts: list[TokenIds], new_tokens: int, clock: Clock,
-    eos_ids: range, make_cache: Callable = DynamicCache, attention: str = "sdpa",
+    eos_ids: range, make_cache: Callable = ipo.make_cache, attention: str = "sdpa",
 ) -> list[TokenIds]:
     """ipo.sample as it is; another cache or attention takes the place of its own."""
     pick_tokens = ipo.pick_tokens
@@ -290,7 +247,7 @@ def by_ipo(
 
     model.set_attn_implementation(attention)
     try:
-        with patch.object(ipo, "DynamicCache", make_cache), \
+        with patch.object(ipo, "make_cache", make_cache), \
                 patch.object(ipo, "pick_tokens", pick_and_note):
             return ipo.sample(model, prompts, max_new_tokens=new_tokens, eos_ids=eos_ids,
                               batch_size=len(prompts))
@@ -319,24 +276,24 @@ def by_generate(
     return outputs
 
 
-def grouped_by_blocks(
+def with_copies(
     model: LlamaForCausalLM, prompts: list[TokenIds], new_tokens: int, clock: Clock,
     eos_ids: range,
 ) -> list[TokenIds]:
-    return by_ipo(model, prompts, new_tokens, clock, eos_ids, block_cache, "grouped")
+    return by_ipo(model, prompts, new_tokens, clock, eos_ids, copied_cache)
 
 
-def with_blocks(
+def with_grouped_heads(
     model: LlamaForCausalLM, prompts: list[TokenIds], new_tokens: int, clock: Clock,
     eos_ids: range,
 ) -> list[TokenIds]:
-    return by_ipo(model, prompts, new_tokens, clock, eos_ids, block_cache)
+    return by_ipo(model, prompts, new_tokens, clock, eos_ids, attention="grouped")
 
 
 WAYS = {
     "ipo.sample": by_ipo,
-    "ipo.sample, cache by blocks": with_blocks,
-    "ipo.sample, cache by blocks and grouped heads": grouped_by_blocks,
+    "ipo.sample with transformers' cache, copied at every step": with_copies,
+    "ipo.sample with grouped heads": with_grouped_heads,
     "generate": by_generate,
 }
 
