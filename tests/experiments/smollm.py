@@ -216,7 +216,7 @@ def kept_pairs(run: Path) -> list[PreferencePair]:
     for row in data.read_jsonl(run / "pairs.jsonl"):
         pairs.append(PreferencePair(
             row["prompt"], row["prefix_ids"], row["chosen_ids"], row["rejected_ids"],
-            trigger=row["trigger"], key=row["key"]))
+            trigger=row["trigger"], key=row["key"], h=row["h"]))
     return pairs
 
 
