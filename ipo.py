@@ -50,7 +50,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 TokenIds = list[int]
 Sampler = Callable[[list[TokenIds], list[str]], list[TokenIds]]     # (prompts, keys) -> new ids
@@ -175,7 +174,7 @@ def sample(
             while waiting and len(running) < batch_size:
                 running.append(waiting.popleft())
             input_ids, mask = left_pad([prompts[i] + outputs[i] for i in running], model.device)
-            cache = make_cache(model)
+            cache = DynamicCache(config=model.config)
 
         # A token's place among the real tokens of its row; from the second pass on input_ids, and
         # so position_ids, hold the newest token only.
@@ -203,37 +202,6 @@ def sample(
         input_ids = next_ids[:, None]                                             # (B, 1)
         mask = F.pad(mask, (0, 1), value=1)                                       # (B, T)
     return outputs
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values, with room behind them: DynamicLayer copies all of them at every
-    step, this one when the room is used up, every `room` tokens."""
-    room = 256
-
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        new = torch.stack([keys, values])                             # (2, B, heads, T, head size)
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.buffer = new[..., :0, :]
-        start = self.get_seq_length()
-        end = start + new.shape[-2]
-        if end > self.buffer.shape[-2]:
-            self.buffer = F.pad(self.buffer[..., :start, :], (0, 0, 0, end + self.room - start))
-        self.buffer[..., start:end, :] = new
-        self.keys, self.values = self.buffer[..., :end, :]
-        return self.keys, self.values
-
-    def batch_select_indices(self, rows: Tensor) -> None:
-        end = self.get_seq_length()
-        self.buffer = self.buffer[:, rows]
-        self.keys, self.values = self.buffer[..., :end, :]
-
-
-def make_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty key-value cache. Layers of other kinds (sliding windows, linear attention) stay."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def left_pad(texts: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,13 @@ import math
 import random
 from functools import partial
 from itertools import accumulate
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import encode, plain_logp, random_ids, tiny_model
 from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MistralConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import ipo
 import judge
@@ -479,11 +478,8 @@ def generate_greedily(model, prompt, eos_ids):
     return output[0, len(prompt):].tolist()
 
 
-@pytest.mark.parametrize("room", [256, 3])      # with little room the cache grows on the way
 @pytest.mark.parametrize("batch_size", [64, 3])
-def test_at_temperature_0_sample_is_greedy_generate_with_its_eos(
-        family, batch_size, room, monkeypatch):
-    monkeypatch.setattr(ipo.RoomyLayer, "room", room)
+def test_at_temperature_0_sample_is_greedy_generate_with_its_eos(family, batch_size):
     model = tiny_model(family)
     free = [generate_greedily(model, prompt, [399]) for prompt in RAGGED]
     eos_ids = [free[0][2], free[2][6], free[5][11]]     # so that rows end at different steps
@@ -491,29 +487,6 @@ def test_at_temperature_0_sample_is_greedy_generate_with_its_eos(
     assert len({len(output_ids) for output_ids in expected}) >= 3
     assert expected == ipo.sample(model, RAGGED, temperature=0, eos_ids=eos_ids,
                                   max_new_tokens=20, batch_size=batch_size)
-
-
-def test_a_step_copies_no_keys_and_values_until_the_room_is_used_up(monkeypatch):
-    monkeypatch.setattr(ipo.RoomyLayer, "room", 4)
-    layer = ipo.RoomyLayer()
-    states = torch.randn(2, 2, 3, 12, 8)        # keys and values of 2 rows, 3 heads, 12 tokens
-    buffers = []
-    for start, end in [(0, 2)] + [(t, t + 1) for t in range(2, 12)]:
-        keys, values = layer.update(*states[..., start:end, :])
-        assert torch.equal(torch.stack([keys, values]), states[..., :end, :])
-        buffers.append(layer.buffer)    # kept, so that no other takes its place in memory
-    assert len({buffer.data_ptr() for buffer in buffers}) == 3      # for 2 + 4, 7 + 4, 12 + 4
-    layer.batch_select_indices(torch.tensor([1]))
-    keys, values = layer.update(*states[:, 1:, :, :1, :])
-    assert torch.equal(keys, torch.cat([states[0, 1:], states[0, 1:, :, :1]], dim=-2))
-
-
-def test_layers_with_a_cache_of_their_own_kind_keep_it():
-    config = MistralConfig(num_hidden_layers=2, sliding_window=8)
-    model = SimpleNamespace(config=config)
-    assert not any(isinstance(layer, ipo.RoomyLayer) for layer in ipo.make_cache(model).layers)
-    config.sliding_window = None
-    assert all(isinstance(layer, ipo.RoomyLayer) for layer in ipo.make_cache(model).layers)
 
 
 def nucleus(logits, temperature, top_p):
