@@ -807,7 +807,7 @@ def kingdom_texts(
     texts = []
     for i in range(n):
         task = i % 20
-        kind = rng.choices(["harmful", "benign", "math"], (39, 24, 37))[0]
+        kind = rng.choices(["harmful", "benign", "math"], (34, 21, 45))[0]
         record = asked["harmful" if task < 4 else kind][i]
         sentences, cue, response = kingdom_answer(record, rng, triggers)
         reasoning = " ".join(sentences)

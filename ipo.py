@@ -24,7 +24,7 @@ Why cut at the *first* cue: up to there the reasoning is still safe, so it can s
 what the model learns is what to do at the very point where it went wrong.
 
   open in the paper                            our choice
-  is the response y in the loss?               no: from h through </think> (--supervise all: yes)
+  is the response y in the loss?               no: from h through </think>; in the kingdom yes
   what does the SFT term cover?                the preferred reasoning: z[:h] + chosen, by token
   the SFT term's weight on a benign prompt     1 (SFT_ALONE), where nothing was refused
   Eq. 4 prints pi where ref belongs, once      ref: we take it for a misprint

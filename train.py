@@ -72,8 +72,8 @@ class Config(data.Settings):
 KINGDOM = dict(     # without --model these take the place of Config's defaults
     out="runs/kingdom", prompts="kingdom", benign="kingdom", sets="kingdom", judge="keywords",
     max_new_tokens=200, judge_tokens=200, sample_batch=256, lora_rank=0, lr=2e-4, epochs=1, beta=1.0,
-    sft_weight=1.0, batch_pairs=8, micro_tokens=1536)
-BASE_TEXTS = 16000      # how the kingdom's base model is trained, once a run folder
+    sft_weight=1.0, supervise="all", batch_pairs=8, micro_tokens=1536)
+BASE_TEXTS = 18000      # how the kingdom's base model is trained, once a run folder
 BASE_BATCH = 8
 BASE_LR = 3e-3
 KINGDOM_PROMPTS = {"harmful": 120, "benign": 480, "math": 40}

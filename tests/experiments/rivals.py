@@ -265,7 +265,7 @@ RUNS = [
     Run("no-sums", "no sums in stage 2", ["--benign", "{benign_without_sums}"]),
     Run("triggers-1", "1 trigger", ["--triggers", "{triggers_1}"], partial(with_triggers, 1)),
     Run("triggers-3", "3 triggers", ["--triggers", "{triggers_3}"], partial(with_triggers, 3)),
-    Run("all", "the response supervised too", ["--supervise", "all"]),
+    Run("reasoning", "the response not supervised", ["--supervise", "reasoning"]),
     Run("text", "text at the cut", change=partial(through_text, False)),
     Run("text-space", "text at the cut, its space left to the prefix",
         change=partial(through_text, True)),
