@@ -459,22 +459,24 @@ def find_cues(reasonings: list[str], llm: LLM | None = None,
     """The first compliance cue of each reasoning, from its second sentence on."""
     all_spans = [split_sentences(text) for text in reasonings]
     all_sentences = []
-    cues = []
     for text, spans in zip(reasonings, all_spans):
-        sentences = [text[start:end] for start, end in spans]
-        index = keyword_cue(sentences)
-        cues.append(Cue(None if index is None else spans[index], "keyword"))
-        all_sentences.append(sentences)
+        all_sentences.append([text[start:end] for start, end in spans])
+
+    def by_keywords(i: int, by: str = "keyword") -> Cue:
+        index = keyword_cue(all_sentences[i])
+        return Cue(None if index is None else all_spans[i][index], by)
+
     if llm is None or questions.cue is None:
-        return cues
+        return [by_keywords(i) for i in range(len(reasonings))]
 
     # Where the LLM names a sentence, or says 0 for none, its word counts.
+    cues = [Cue(None, "keyword")] * len(reasonings)     # stays where there is a single sentence
     asked = [i for i, sentences in enumerate(all_sentences) if len(sentences) > 1]
     parsers = [partial(parse_index, sentences=len(all_sentences[i])) for i in asked]
     readings = ask(llm, [questions.cue(all_sentences[i]) for i in asked], parsers)
     for i, reading in zip(asked, readings):
         if reading == "unparsed":
-            cues[i].by = "unparsed"
+            cues[i] = by_keywords(i, "unparsed")
         else:
             cues[i] = Cue(all_spans[i][reading - 1] if reading else None, "llm")
     return cues

@@ -89,8 +89,9 @@ def align(config: Config, run: Path) -> None:
     held_out = evaluation.load_sets(config.sets, config.limit)
     trained_on = [record["prompt"] for record in harmful + benign]
     evaluation.check_overlap(held_out, trained_on, config.allow_overlap)
+    triggers = load_triggers(config)
     made_from = data.fingerprint(
-        harmful, benign, held_out, load_triggers(config), data.model_state(config.model))
+        harmful, benign, held_out, triggers, data.model_state(config.model))
     check_run(run, config, made_from)
     if (run / "eval.json").exists():
         return
@@ -98,10 +99,10 @@ def align(config: Config, run: Path) -> None:
     base = load_base(config, run, harmful + benign + held_out)
     base_sampler = data.make_sampler(base, config, url=config.sampler_url)
     the_judge = judge.load_judge(config, base, config.sampler_url)
-    write_config(run, config, made_from)        # only now: a refused run leaves nothing
+    write_config(run, config, triggers, made_from)      # only now: a refused run leaves nothing
 
     print("[1-4] pairs: where the base first turns toward helping, a trigger takes the cue's place")
-    pairs = make_pairs(run, harmful, base, base_sampler, the_judge, config)
+    pairs = make_pairs(run, harmful, triggers, base, base_sampler, the_judge, config)
     if config.until == "pairs":
         return
     before = evaluation.evaluate(
@@ -183,7 +184,7 @@ def check_run(run: Path, config: Config, made_from: str) -> None:
         raise UserError(f"{run} was made with other settings: {', '.join(differ)}; give another --out")
 
 
-def write_config(run: Path, config: Config, made_from: str) -> None:
+def write_config(run: Path, config: Config, triggers: list[str], made_from: str) -> None:
     """config.json: the settings, and what they ran on."""
     if (run / "config.json").exists():
         return
@@ -197,7 +198,7 @@ def write_config(run: Path, config: Config, made_from: str) -> None:
         base = base.resolve()       # a folder; eval.py may be called from anywhere
     run.mkdir(parents=True, exist_ok=True)
     data.write_text(run / "config.json", json.dumps(
-        {"settings": asdict(config), "triggers": load_triggers(config), "made_from": made_from,
+        {"settings": asdict(config), "triggers": triggers, "made_from": made_from,
          "made_by": made_by, "base": str(base)}, indent=1))
     if config.model:
         print(f"{run} will hold harmful text (traces, rejected sides): keep it to yourself")
@@ -279,11 +280,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     beside.rename(folder)
 
 
-def make_pairs(run: Path, records: list[dict], base: ReasoningModel, generate: Sampler,
-               the_judge: judge.Judge, config: Config) -> list[PreferencePair]:
+def make_pairs(run: Path, records: list[dict], triggers: list[str], base: ReasoningModel,
+               generate: Sampler, the_judge: judge.Judge, config: Config) -> list[PreferencePair]:
     """Steps 1 to 4: the kept pairs; writes traces.jsonl and pairs.jsonl."""
-    triggers = load_triggers(config)
-
     def intervene_in(shard: list[dict]) -> list[dict]:
         rollouts = data.roll_out(shard, [record["key"] for record in shard], base, generate)
         candidates = ipo.intervene(
