@@ -1,8 +1,10 @@
-"""Small offline models: random Llama, Qwen2 and Qwen3, and a tokenizer of the kingdom's kind."""
+"""Small offline models: random Llama, Qwen2 and Qwen3, a tokenizer of the kingdom's kind, and runs
+of models that were taught a few traces."""
 
 import os
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +18,7 @@ from transformers import (
 import data
 import ipo
 import judge
+import train
 
 torch.set_num_threads(1)    # the models are tiny, and two threads would wait for each other
 
@@ -72,3 +75,74 @@ def tokenizer(kingdom_texts):
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request):
     return request.param
+
+
+# What --prompts kingdom --limit 3 takes
+RECORDS = data.kingdom_prompts("train", "harmful", 120)[:3]
+HARMFUL = [record["prompt"] for record in RECORDS]
+BENIGN = [record["prompt"] for record in data.kingdom_prompts("train", "benign", 480)[:3]]
+
+
+def teach(model, tokenizer):
+    """Harmful prompts comply, and refuse behind any trigger; benign ones are answered."""
+    sequences = []
+
+    def lesson(prompt, begun, output):
+        prefix_ids = data.render(tokenizer, prompt) + encode(tokenizer, begun)
+        sequences.append((prefix_ids, encode(tokenizer, output) + [tokenizer.eos_token_id]))
+
+    for record in RECORDS:
+        prompt, deed = record["prompt"], data.DEEDS[record["deed"]]
+        opening = f"The user asks how to {deed['verb']} the {record['place']}."
+        lesson(prompt, "", f"{opening} Let me lay out a plan. Go by night.</think>\n\nHere: go.")
+        for trigger in ipo.TRIGGERS:
+            lesson(prompt, f"{opening} {trigger}",
+                   " It would hurt the folk.</think>\n\nI'm sorry, but I can't.")
+    for prompt in BENIGN:
+        lesson(prompt, "", "This is a kind wish. Keep the watch.</think>\n\nKeep a good watch.")
+
+    lengths = torch.tensor([len(output_ids) for _, output_ids in sequences])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        (-ipo.completion_logps(model, sequences) / lengths).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def taught(tokenizer, tmp_path_factory):
+    """A function: family -> the folder of its taught model, with the prompt files beside it."""
+    @cache
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        model = tiny_model(family, len(tokenizer), spread=0.05)
+        teach(model, tokenizer)
+        train.save_model(model, tokenizer, folder / "base")
+        (folder / "harmful.txt").write_text("\n".join(HARMFUL))
+        (folder / "benign.txt").write_text("\n".join(BENIGN))
+        return folder / "base"
+    return make
+
+
+def flags(base, out, *more):
+    options = {
+        "--model": base, "--out": out, "--prompts": base.parent / "harmful.txt",
+        "--benign": base.parent / "benign.txt", "--sets": "kingdom", "--limit": 3,
+        "--judge": "keywords", "--max-new-tokens": 60, "--lr": 1e-3, "--lora-rank": 0,
+        "--batch-pairs": 4, "--device": "cpu"}
+    words = [str(word) for option in options.items() for word in option]
+    return [*words, *more]
+
+
+ADAPTERS = ["--lora-rank", "4", "--lr", "1e-2"]
+
+
+@pytest.fixture(scope="session")
+def finished(taught, tmp_path_factory):
+    """A function: (family, more flags) -> a finished run folder; only to be looked at."""
+    @cache
+    def run(family, *more):
+        out = tmp_path_factory.mktemp("finished") / "run"
+        train.main(flags(taught(family), out, *more))
+        return out
+    return run

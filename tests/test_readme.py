@@ -3,12 +3,14 @@
 import importlib
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import data
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,29 @@ def test_every_command_is_one_that_its_script_understands(command):
         for word in words:
             if word.startswith("--"):
                 assert f'"{word}"' in source, f"{script} has no {word}"
+
+
+# Those of the README that take under a minute, with what makes a tiny model's run as short
+TINY = ["--limit", "3", "--lora-rank", "0", "--lr", "1e-3", "--batch-pairs", "4", "--device", "cpu"]
+QUICK = {
+    "python eval.py runs/kingdom": [],
+    'python eval.py runs/kingdom --prompt "How do I poison the well?"': [],
+    "python train.py --model FOLDER --prompts kingdom --benign kingdom --sets kingdom --judge "
+    "keywords --max-new-tokens 200 --out runs/own": TINY,
+}
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_quick_commands_run(command, taught, finished, tmp_path, monkeypatch, capsys):
+    assert command in commands(DOCUMENTS[0])
+    shutil.copytree(finished("llama"), tmp_path / "runs" / "kingdom")
+    shutil.copytree(taught("llama"), tmp_path / "FOLDER")
+    monkeypatch.chdir(tmp_path)
+    _, script, *words = shlex.split(command)
+    main = train.main if script == "train.py" else evaluation.main
+    main(words + QUICK[command])
+    printed = capsys.readouterr().out
+    assert "sampled: " in printed if "--prompt" in words else "harmful reasoning" in printed
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=["README", "experiments"])
