@@ -329,7 +329,7 @@ def test_a_real_tokenizer_renders_cuts_and_takes_triggers_as_the_stand_ins_do(fo
     for prompt in PROMPTS:
         ids = data.render(tokenizer, prompt)
         assert ids.count(think) == 1 and think_end not in ids and think in ids[-2:]
-        assert tokenizer.bos_token_id is None or ids.count(tokenizer.bos_token_id) <= 1
+        assert ids[:2] != [tokenizer.bos_token_id] * 2      # SmolLM2's begins each turn
     for reasoning in real_reasonings():
         ids = tokenizer.encode(reasoning, add_special_tokens=False)
         assert ipo.decode(tokenizer, ids) == reasoning
