@@ -59,8 +59,15 @@ PARTS = [
                     "python train.py --model {out}/smollm --prompts kingdom --benign kingdom "
                     "--sets kingdom --judge keywords --max-new-tokens 200 --sample-batch 256 "
                     "--batch-pairs 16 --lr 1e-4 --epochs 3 --out {out}/smollm-ipo",
-                    "python eval.py {out}/smollm-ipo"], shown=2,
-         needs_modules=["gguf"], makes=["smollm", "smollm-ipo"]),
+                    "python eval.py {out}/smollm-ipo",
+                    "python tests/experiments/smollm.py sft --run {out}/smollm-ipo "
+                    "--out {out}/smollm-sft",
+                    "python tests/experiments/smollm.py grpo --run {out}/smollm-ipo "
+                    "--out {out}/smollm-grpo --passes 4",
+                    "python tests/experiments/smollm.py cost --n 300 {out}/smollm {out}/smollm-raw "
+                    "{out}/smollm-ipo/model {out}/smollm-sft/model {out}/smollm-grpo/model"],
+         shown=2, needs_modules=["gguf"],
+         makes=["smollm", "smollm-ipo", "smollm-sft", "smollm-grpo"]),
     Part("serve",
          ["python tests/experiments/serve.py --vllm vllm --run {out}/k0 --out {out}/serve"],
          needs_command="vllm", makes=["serve"]),
