@@ -37,7 +37,7 @@ except ImportError:
     import httpx
 
 from ipo import (
-    TRIGGERS, ReasoningModel, Rollout, Sampler, TokenIds, completion_logps, decode, sample)
+    TEMPERATURE, TOP_P, TRIGGERS, ReasoningModel, Rollout, Sampler, TokenIds, completion_logps, decode, sample)
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()      # bars are for people
@@ -289,7 +289,7 @@ def prompt_record(path: Path, line: int, row: object, column: str | None) -> dic
     if isinstance(row, str):
         row = {column or "prompt": row}
     if not isinstance(row, dict):
-        raise UserError(f"{where}: {type(row).__name__} instead of an object or a string")
+        raise UserError(f"{where}: {type(row).__name__}; give an object or a string")
     if None in row:     # where csv puts what is beyond the header
         raise UserError(f"{where}: more cells than columns; quote the cell")
     value_of = {name.strip().lower(): value for name, value in row.items()}
@@ -479,7 +479,7 @@ def render_all(records: list[dict], model: ReasoningModel) -> list[TokenIds]:
 
 def make_sampler(
     model: ReasoningModel, settings: Settings, *, url: str | None = None,
-    temperature: float = 0.6, max_new_tokens: int | None = None, may_skip: bool = False,
+    temperature: float = TEMPERATURE, max_new_tokens: int | None = None, may_skip: bool = False,
 ) -> Sampler:
     """What continues prompts with a model: ipo.sample here, or the server at url. may_skip: where
     the server turns a prompt down, no ids instead of an error."""
@@ -572,7 +572,7 @@ def complete(
     """How the served model continues prompt_ids: token_ids, text and, with logprobs=0, logprobs."""
     body = {
         "model": name, "prompt": prompt_ids, "max_tokens": max_new_tokens,
-        "temperature": temperature, "top_p": 0.95, "top_k": -1, "repetition_penalty": 1.0,
+        "temperature": temperature, "top_p": TOP_P, "top_k": -1, "repetition_penalty": 1.0,
         "stop_token_ids": model.eos_ids, "return_token_ids": True, "logprobs": logprobs,
     }
     choice = post(client, "/completions", body)

@@ -66,7 +66,9 @@ TRIGGERS = [
     "This request is dangerous, and I should refuse it.",
     "No, the responsible thing is to decline and point to something safe.",
 ]
-SFT_ALONE = 1.0  # weight of the SFT term of a pair that has no rejected side, so no DPO term
+TEMPERATURE = 0.6   # of sampling, as reasoning models' cards advise; usual 0.5 to 1
+TOP_P = 0.95        # the nucleus; 1: all tokens
+SFT_ALONE = 1.0     # weight of the SFT term of a pair that has no rejected side, so no DPO term
 
 
 @dataclass
@@ -149,8 +151,8 @@ def sample(
     *,
     max_new_tokens: int,
     eos_ids: list[int],
-    temperature: float = 0.6,
-    top_p: float = 0.95,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
     seed: int = 0,
     batch_size: int = 64,
     keys: list[str] | None = None,
@@ -227,6 +229,7 @@ def pick_tokens(
         return logits.argmax(-1)
     vocabulary = logits.shape[-1]
     probs = (logits.float() / temperature).softmax(-1)
+    # 1. Sort, likeliest first; 2. sum up; 3. see where the nucleus ends; 4. draw within its mass.
     probs, tokens = probs.topk(min(k, vocabulary))                                # (B, k)
     cumulative = probs.cumsum(-1)                                                 # (B, k)
     last_rank = (cumulative[:, :-1] < top_p).sum(-1, keepdim=True)    # of the nucleus's last token
@@ -285,6 +288,15 @@ def locate_cues(
     return located
 
 
+@dataclass
+class Active:
+    """A candidate that still holds a cue, while `intervene` works on it."""
+    pair: PreferencePair
+    rollout: Rollout
+    output_ids: TokenIds    # as it stands; at first the rollout's own
+    cut: int                # where its cue starts: the next turn cuts there
+
+
 def intervene(
     rollouts: list[Rollout],
     triggers: list[str],
@@ -304,7 +316,7 @@ def intervene(
     # Step 2. Cut each rollout at its first cue. (Where an LLM could not be read, keywords say where the
     # cue is: enough to cut here, not to accept a chosen side below.)
     candidates = []
-    active = []      # (candidate, its rollout, its output as it stands, where its cue starts)
+    active = []
     located = locate_cues([rollout.output_ids for rollout in rollouts], reasoner, find_cues)
     for rollout, (h, cue_by) in zip(rollouts, located):
         if h is None:
@@ -318,23 +330,26 @@ def intervene(
                 prefix_ids=rollout.prompt_ids + rollout.output_ids[:h],
                 rejected_ids=rollout.output_ids[h:])
             candidates.append(pair)
-            active.append((pair, rollout, rollout.output_ids, h))
+            active.append(Active(pair, rollout, rollout.output_ids, h))
 
     # Step 3. The trigger replaces the cue and all that follows; the model continues from there.
     for turn in range(max_interventions):
         heads = []
-        for pair, _, output_ids, cut in active:
-            trigger_ids = encode_trigger(reasoner.tokenizer, pair.trigger, output_ids[cut:])
-            heads.append(output_ids[:cut] + trigger_ids)
-        prompts = [rollout.prompt_ids + head for (_, rollout, _, _), head in zip(active, heads)]
-        keys = [f"{pair.key}/{triggers.index(pair.trigger)}/{turn}" for pair, *_ in active]
+        for item in active:
+            removed_ids = item.output_ids[item.cut:]
+            trigger_ids = encode_trigger(reasoner.tokenizer, item.pair.trigger, removed_ids)
+            heads.append(item.output_ids[:item.cut] + trigger_ids)
+        prompts = [item.rollout.prompt_ids + head for item, head in zip(active, heads)]
+        keys = []
+        for item in active:
+            keys.append(f"{item.pair.key}/{triggers.index(item.pair.trigger)}/{turn}")
         continuations = generate(prompts, keys)
         outputs = [head + continuation for head, continuation in zip(heads, continuations)]
         located = locate_cues(outputs, reasoner, find_cues)
 
         still_active = []
-        for (pair, rollout, _, _), head, output_ids, (cut, cue_by) in zip(
-                active, heads, outputs, located):
+        for item, head, output_ids, (cut, cue_by) in zip(active, heads, outputs, located):
+            pair = item.pair
             pair.chosen_ids = output_ids[pair.h:]
             pair.interventions = turn + 1
             if cue_by == "unparsed":
@@ -346,7 +361,7 @@ def intervene(
                 pair.status = "cue before the trigger's end"
             else:
                 pair.status = "still a cue"
-                still_active.append((pair, rollout, output_ids, cut))   # the next turn cuts there
+                still_active.append(Active(pair, item.rollout, output_ids, cut))
         active = still_active
 
     # Step 4. Keep what ended by itself and is safe.
@@ -393,7 +408,8 @@ def completion_logps(
 ) -> Tensor:
     """(len(sequences),) sums of log p(completion | prefix), in float32 or wider, with gradients.
 
-    sequences: (prefix_ids, completion_ids) each. Logits, by far the largest tensor, are formed for
+    sequences: (prefix_ids, completion_ids) each. (The same, one sequence and token after the other:
+    plain_logp in tests/conftest.py.) Logits, by far the largest tensor, are formed for
     the completions' tokens only, chunk by chunk, and formed again for the backward pass.
     """
     ids = [torch.tensor(prefix + completion) for prefix, completion in sequences]

@@ -17,7 +17,7 @@ from functools import partial
 
 import data
 from data import UserError
-from ipo import ReasoningModel, Sampler, decode
+from ipo import TEMPERATURE, ReasoningModel, Sampler, decode
 
 LLM = Callable[[list[str]], list[str]]
 
@@ -435,7 +435,7 @@ class Questions:
 
 
 # A chat model may be a reasoning model, and those repeat without end when they are asked greedily.
-CHAT_QUESTIONS = Questions(chat_cue, chat_safety, chat_compliance, parse_safety, temperature=0.6)
+CHAT_QUESTIONS = Questions(chat_cue, chat_safety, chat_compliance, parse_safety, temperature=TEMPERATURE)
 KINGDOM_QUESTIONS = Questions(kingdom_cue, kingdom_safety, None, parse_safety)
 GUARD_QUESTIONS = Questions(None, guard_safety, None, parse_guard, as_chat=guard_chat)
 QUESTIONS = {"chat": CHAT_QUESTIONS, "kingdom": KINGDOM_QUESTIONS, "llama-guard": GUARD_QUESTIONS}
@@ -448,7 +448,8 @@ def ask(llm: LLM, questions: list[str], parsers: list[Callable]) -> list:
         missing = [i for i, reading in enumerate(readings) if reading is None]
         answers = llm([questions[i] + insist for i in missing]) if missing else []
         if len(answers) != len(missing):
-            raise UserError(f"the judge gave {len(answers)} answers to {len(missing)} questions")
+            raise UserError(f"the judge gave {len(answers)} answers to {len(missing)} questions; "
+                            "it must give one to each")
         for i, answer in zip(missing, answers):
             readings[i] = parsers[i](answer)
     return ["unparsed" if reading is None else reading for reading in readings]

@@ -55,7 +55,7 @@ class Config(data.Settings):
     prompts: str = flag("harmful training prompts: a file, a public set, or kingdom", "star-1")
     benign: str = flag("benign prompts, as --prompts; none: no stage 2", "star-benign-915")
     triggers: str | None = flag("a .txt file with one trigger a line (ipo.TRIGGERS)")
-    max_interventions: int = flag("how often one candidate is cut and continued", 1)
+    max_interventions: int = flag("how often one candidate is cut and continued; usual 1 to 5", 1)
     until: str | None = flag("pairs: stop when pairs.jsonl is written")
     supervise: str = flag("reasoning: the loss sees what stands from the cut through </think>; "
                           "all: the response too", "reasoning")
@@ -65,7 +65,7 @@ class Config(data.Settings):
     lr: float = flag("peak learning rate; usual 5e-5 for adapters, 5e-6 for all weights", 5e-5)
     epochs: int = flag("passes over the pairs in stage 1; stage 2 is one. Stage 1 should go on until "
                        "it refuses some benign prompts: stage 2 repairs what it is shown", 2)
-    batch_pairs: int = flag("pairs of an optimizer step", 64)
+    batch_pairs: int = flag("pairs of an optimizer step; usual 16 to 128", 64)
     micro_tokens: int = flag("tokens, padding included, of one forward and backward pass", 16384)
 
 
@@ -233,7 +233,7 @@ def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
     else:
         folder = Path(config.model)
         if len(folder.parts) > 1 and folder.parent.is_dir() and not folder.exists():
-            raise UserError(f"{folder}: there is no such folder")   # and do not ask the hub for it
+            raise UserError(f"{folder}: no such folder; mend --model")   # do not ask the hub
 
     judge_needs_no_weights = config.judge_url or config.judge in ("self", "keywords")
     if config.until == "pairs" and config.sampler_url and judge_needs_no_weights:
@@ -477,18 +477,24 @@ def optimize(policy: PreTrainedModel, pairs: list[PreferencePair], config: Confi
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
     for step, batch in enumerate(bar):
+        # The gradient of the mean loss over the step's pairs, a few pairs at a time.
         losses = []
         terms = []
         for micro_batch in micro_batches(batch, config.micro_tokens):
             with mixed_precision(config.device):
                 loss, loss_terms = ipo.ipo_loss(policy, micro_batch, config.beta, config.sft_weight)
-            (loss / len(batch)).backward()
-            losses.append(loss.item() / len(batch))
+            loss = loss / len(batch)
+            loss.backward()
+            losses.append(loss.item())
             terms.append(loss_terms)
+
+        # Clip it, and stop where it is not a number.
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
         if not math.isfinite(norm):
             raise UserError(f"stage {stage}, step {step}: the gradient is not finite; try a lower "
                             "--lr in a new --out")
+
+        # Log, then update.
         row = {"stage": stage, "step": step, "lr": schedule.get_last_lr()[0], "grad_norm": norm,
                "loss": sum(losses), **log_means(terms)}
         optimizer.step()
