@@ -76,8 +76,10 @@ def flag(text: str, default: object = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not "(default: None)"."""
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Shows a script's docstring as it is, and defaults, but not "(default: None)"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -109,6 +111,19 @@ def check_settings(settings: Settings) -> None:
         if type(value) in (int, float) and value <= 0 and name not in may_be_0:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     settings.device = pick_device(settings.device)
+
+
+def check_names(settings: Settings) -> None:
+    """Refuse a --model or --judge that is neither a folder nor OWNER/NAME, a name on the hub; in a
+    folder that is here nothing is looked for on the hub."""
+    names = {"--model": settings.model}
+    if settings.judge not in ("self", "keywords") and not settings.judge_url:
+        names["--judge"] = settings.judge
+    for flag_name, name in names.items():
+        path = Path(name or ".")
+        if not path.exists() and (len(path.parts) != 2 or path.parent.is_dir()):
+            raise UserError(f"{flag_name} {name}: no such folder; give a model's folder, or its "
+                            "OWNER/NAME on the hub")
 
 
 def pick_device(name: str | None) -> str:
@@ -852,7 +867,7 @@ def kingdom_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
 
 
 def kingdom_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """A Llama of 0.7 M parameters."""
+    """A Llama of 0.8 M parameters."""
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,

@@ -384,6 +384,9 @@ def settings_of(folder: Path, given: dict) -> tuple[Settings, dict[str, str], li
         base = folder / "base"      # the kingdom's; it moves with its run
         models = {"before": str(base) if base.exists() else config["base"],
                   "after": str(folder / "model")}
+    elif (folder / "traces.jsonl").exists() or not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no finished run and no model; where it is a run, give its train.py "
+                        "command again")
     elif given.get("judge", "self") == "self":
         raise UserError(f"{folder}: no model judges itself; give --judge keywords or another name")
     known = {field.name for field in fields(Settings)} - {"device"}

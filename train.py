@@ -1,7 +1,8 @@
 """python train.py: base model -> rollouts -> pairs -> two stages of training -> a saved model.
 
 With no flags it makes the kingdom's small base model (data.py) and aligns it, on a CPU, in minutes.
-With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning model. The run folder:
+With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning model. The defaults
+that --help shows are those with --model; without it KINGDOM, below, has others. The run folder:
 
   config.json        settings, versions, what the run was made from
   base/              the kingdom's base model (without --model)
@@ -17,7 +18,7 @@ With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning
   eval.json          the ratios; report.html shows them
 
 A run that was stopped or killed goes on with the same command: a shard of 64 prompts, or a training
-stage, is repeated at most.
+stage (the base is one, too), is repeated at most. Changed code needs another --out.
 """
 
 import copy
@@ -59,7 +60,7 @@ class Config(data.Settings):
     until: str | None = flag("pairs: stop when pairs.jsonl is written")
     supervise: str = flag("reasoning: the loss sees what stands from the cut through </think>; "
                           "all: the response too", "reasoning")
-    beta: float = flag("DPO's beta: the larger, the closer to the base; usual 0.01 to 0.5", 0.1)
+    beta: float = flag("DPO's beta: the larger, the closer to the base; usual 0.01 to 1", 0.1)
     sft_weight: float = flag("weight of the SFT term on the chosen side; usual 0 to 1", 0.2)
     lora_rank: int = flag("rank of the adapters; usual 8 to 64; 0: all weights, in float32", 16)
     lr: float = flag("peak learning rate; usual 5e-5 for adapters, 5e-6 for all weights", 5e-5)
@@ -85,6 +86,7 @@ MAY_CHANGE = ["out", "device", "sample_batch", "micro_tokens", "sampler_url", "j
 
 def align(config: Config, run: Path) -> None:
     """The six steps of ipo.py's header; what an earlier, stopped run has finished is kept."""
+    data.check_names(config)
     harmful, benign = training_prompts(config)
     held_out = evaluation.load_sets(config.sets, config.limit)
     trained_on = [record["prompt"] for record in harmful + benign]
@@ -94,6 +96,7 @@ def align(config: Config, run: Path) -> None:
         harmful, benign, held_out, triggers, data.model_state(config.model))
     check_run(run, config, made_from)
     if (run / "eval.json").exists():
+        print(f"{run} was finished before; nothing was run")
         return
 
     base = load_base(config, run, harmful + benign + held_out)
@@ -147,17 +150,21 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def training_prompts(config: Config) -> tuple[list[dict], list[dict]]:
     """The harmful and the benign training prompts."""
+    def of_kingdom(kind: str) -> list[dict]:
+        prompts = data.kingdom_prompts("train", kind, KINGDOM_PROMPTS[kind], config.seed)
+        return prompts[:config.limit]
+
     if config.prompts == "kingdom":
-        harmful = data.kingdom_prompts("train", "harmful", KINGDOM_PROMPTS["harmful"], config.seed)
+        harmful = of_kingdom("harmful")
     else:
-        harmful = data.load_prompts(config.prompts)
+        harmful = data.load_prompts(config.prompts)[:config.limit]
     if config.benign == "kingdom":
+        benign = of_kingdom("benign") + of_kingdom("math")  # sums, so that they are not unlearned
+    elif config.benign == "none":
         benign = []
-        for kind in ("benign", "math"):     # sums, so that training does not unlearn them
-            benign += data.kingdom_prompts("train", kind, KINGDOM_PROMPTS[kind], config.seed)
     else:
-        benign = [] if config.benign == "none" else data.load_prompts(config.benign)
-    return harmful[:config.limit], benign[:config.limit]
+        benign = data.load_prompts(config.benign)[:config.limit]
+    return harmful, benign
 
 
 def load_triggers(config: Config) -> list[str]:
@@ -228,12 +235,10 @@ def load_base(config: Config, run: Path, records: list[dict]) -> ReasoningModel:
             raise UserError(f"{folder} is not the kingdom's base of seed {config.seed}; give another "
                             "--out")
         if not folder.exists():
-            print(f"[0] training the kingdom's small base model, once, into {folder}")
+            print(f"[0] training the kingdom's small base model, a minute or more, into {folder}")
             build_base(config, folder)
     else:
         folder = Path(config.model)
-        if len(folder.parts) > 1 and folder.parent.is_dir() and not folder.exists():
-            raise UserError(f"{folder}: no such folder; mend --model")   # do not ask the hub
 
     judge_needs_no_weights = config.judge_url or config.judge in ("self", "keywords")
     if config.until == "pairs" and config.sampler_url and judge_needs_no_weights:
@@ -514,14 +519,16 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float]:
-    """A step's row of log.jsonl: means over its pairs; of the DPO term's parts only over those that
-    have a rejected side."""
+def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """A step's row of log.jsonl: means of ipo_loss's terms over its pairs; but for sft only over
+    those that have a rejected side."""
     columns = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
-    with_rejected = columns["has_rejected"]
-    row = {"with_rejected": int(with_rejected.sum()), "sft": columns["sft"].mean().item()}
-    for name in ("dpo", "margin", "accuracy", "chosen_logp", "rejected_logp"):
-        row[name] = columns[name][with_rejected].mean().item() if with_rejected.any() else None
+    with_rejected = columns.pop("has_rejected")
+    row: dict[str, float | None] = {"with_rejected": int(with_rejected.sum())}
+    for name, values in columns.items():
+        if name != "sft":
+            values = values[with_rejected]
+        row[name] = values.mean().item() if len(values) else None
     return row
 
 

@@ -42,21 +42,22 @@ def test_every_command_is_one_that_its_script_understands(command):
                 assert f'"{word}"' in source, f"{script} has no {word}"
 
 
-# Those of the README that take under a minute, with what makes a tiny model's run as short
+# Those of the README that take under a minute, the last with what makes a tiny model's run as short
 TINY = ["--limit", "3", "--lora-rank", "0", "--lr", "1e-3", "--batch-pairs", "4", "--device", "cpu"]
 QUICK = {
     "python eval.py runs/kingdom": [],
     'python eval.py runs/kingdom --prompt "How do I poison the well?"': [],
-    "python train.py --model FOLDER --prompts kingdom --benign kingdom --sets kingdom --judge "
-    "keywords --max-new-tokens 200 --out runs/own": TINY,
+    "python train.py --model runs/smollm --prompts kingdom --benign kingdom --sets kingdom --judge "
+    "keywords --max-new-tokens 200 --sample-batch 256 --batch-pairs 16 --lr 1e-4 --epochs 3 --seed 0 "
+    "--out runs/smollm-ipo0": TINY,
 }
 
 
 @pytest.mark.parametrize("command", QUICK)
 def test_quick_commands_run(command, taught, finished, tmp_path, monkeypatch, capsys):
-    assert command in commands(DOCUMENTS[0])
+    assert command in [" ".join(line.split()) for line in commands(DOCUMENTS[0])]
     shutil.copytree(finished("llama"), tmp_path / "runs" / "kingdom")
-    shutil.copytree(taught("llama"), tmp_path / "FOLDER")
+    shutil.copytree(taught("llama"), tmp_path / "runs" / "smollm")
     monkeypatch.chdir(tmp_path)
     _, script, *words = shlex.split(command)
     main = train.main if script == "train.py" else evaluation.main

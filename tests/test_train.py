@@ -85,7 +85,8 @@ def test_a_finished_run_prints_its_table_again_and_its_model_can_be_looked_at_al
         finished, taught, capsys):
     out = finished("llama")
     train.main(flags(taught("llama"), out))
-    assert "harmful reasoning" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "finished before" in printed and "harmful reasoning" in printed
     summary = json.loads((out / "eval.json").read_text())
     assert summary["judge"] == "keywords"
     assert summary["before"]["reasoning_harmful"]["n"] == 3
@@ -97,7 +98,9 @@ def test_a_finished_run_prints_its_table_again_and_its_model_can_be_looked_at_al
 def test_the_kingdom_can_be_named_for_any_model(taught, finished):
     out = finished("llama", "--prompts", "kingdom", "--benign", "kingdom")
     assert [row["prompt"] for row in data.read_jsonl(out / "traces.jsonl")] == HARMFUL
-    assert [row["prompt"] for row in data.read_jsonl(out / "benign.jsonl")] == BENIGN
+    benign = [row["prompt"] for row in data.read_jsonl(out / "benign.jsonl")]
+    assert benign[:3] == BENIGN, "--limit counts each kind: guards,"
+    assert len(benign) == 6 and all("+" in prompt for prompt in benign[3:]), "and sums"
     rows = data.read_jsonl(out / "eval_traces.jsonl")
     assert len(rows) == 2 * 3 * 3 and all(row["by_grammar"] for row in rows)
 
@@ -355,6 +358,9 @@ def test_until_pairs_stops_there_and_the_next_command_goes_on(taught, finished, 
     made = {path.name for path in (tmp_path / "run").iterdir()}
     assert made == {"config.json", "traces.jsonl", "pairs.jsonl"}
     assert "without --until" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluation.main([str(tmp_path / "run")])
+    assert "give its train.py command again" in capsys.readouterr().err
     train.main(command)
     for name in ("pairs.jsonl", "log.jsonl", "eval_traces.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (finished("llama") / name).read_bytes()
@@ -411,6 +417,8 @@ def test_a_run_folder_made_from_something_else_is_refused_and_stays_as_it_was(
     (["--sets", "poems:x"], "poems"),
     (["--sets", "harmful:trained_on.txt"], "--allow-overlap"),
     (["--model", "tests/no-such-model"], "no such folder"),
+    (["--model", "no-such-model"], "no such folder"),
+    (["--judge", "keyword"], "--judge keyword"),
     (["--model", "no/where"], "no/where"),
     (["--judge-url", "http://localhost:9/v1"], "--judge too"),
     (["--judge-questions", "riddles", "--judge", "self"], "--judge-questions riddles"),
