@@ -112,7 +112,7 @@ def run_part(part: Part, out: Path) -> bool:
             print(f"  failed with status {result.returncode}; see {log.name}")
             return False
         if i >= part.shown:
-            printed.append(result.stdout.strip())
+            printed.append(result.stdout.strip("\n"))
     (out / f"{part.name}.txt").write_text("\n\n".join(printed) + "\n")
     (out / f"{part.name}.json").write_text(json.dumps({
         "seconds": time.time() - begun, "date": datetime.date.today().isoformat(),
@@ -159,7 +159,7 @@ def write_readme(out: Path) -> None:
             print(f"{README.name} has no marks for {part.name}")
             continue
         about = json.loads((out / f"{part.name}.json").read_text())
-        table = printed.read_text().replace(str(out), "runs/experiments").strip()
+        table = printed.read_text().replace(str(out), "runs/experiments").strip("\n")
         block = (f"{begin}\n```text\n{table}\n```\n"
                  f"{about['date']}, {duration(about['seconds'])}; {about['versions']}; "
                  f"{about['machine']}.\n{end}")
