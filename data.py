@@ -434,6 +434,8 @@ def load_without_weights(folder: str | Path) -> ReasoningModel:
 def check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of </think>; a tokenizer whose ids do not show where a cut falls is refused."""
     think_end = think_ids(tokenizer)[1]
+    if tokenizer.eos_token is None:
+        raise UserError(f"{folder}: its tokenizer has no eos_token; name it in tokenizer_config.json")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or '"ByteLevel"' not in backend.to_str():
         raise UserError(f"{folder}: its tokenizer is not byte-level BPE; use a model of the Llama "
@@ -552,8 +554,10 @@ def post(client: httpx.Client, path: str, body: dict) -> dict:
         if status not in (200, 408, 409, 429) and status < 500:
             break
         time.sleep(wait)
-    raise UserError(f"the server at {client.base_url}{path.lstrip('/')} does not answer ({words}); "
-                    "nothing is lost: mend it and give the same command again")
+    hint = "; does its address end in /v1?" if status == 404 else ""
+    address = str(client.base_url).rstrip("/") + path
+    raise UserError(f"the server at {address} gives no answer ({words}){hint}; nothing is lost: mend "
+                    "it and give the same command again")
 
 
 def served_sampler(
@@ -612,6 +616,7 @@ def check_served(url: str, model: ReasoningModel, prompt: str) -> None:
     here and, where the weights are here, be as likely: a trained model begins as its base does."""
     client = connect(url)
     name = served_name(client)
+    print(f"asking {name} at {url} for a first answer")
     prompt_ids = render(model.tokenizer, prompt)
     choice = complete(client, name, model, prompt_ids, 32, temperature=0.0, logprobs=0)
     output_ids = choice["token_ids"]

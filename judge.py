@@ -452,6 +452,9 @@ def ask(llm: LLM, questions: list[str], parsers: list[Callable]) -> list:
                             "it must give one to each")
         for i, answer in zip(missing, answers):
             readings[i] = parsers[i](answer)
+    if len(questions) >= 10 and readings.count(None) == len(questions):
+        raise UserError(f"none of the judge's {len(questions)} answers can be read, the last is "
+                        f"{answer[-200:]!r}; mend the judge and give the same command again")
     return ["unparsed" if reading is None else reading for reading in readings]
 
 
@@ -597,8 +600,9 @@ def load_judge(settings: data.Settings, base: ReasoningModel,
     questions = QUESTIONS[name]
     if settings.judge_url:
         if settings.judge in ("keywords", "self"):
-            raise UserError("--judge-url: give --judge too, the name of the model served there")
+            raise UserError("--judge-url: --judge must then name the model that is served there")
         llm = server_llm(settings.judge_url, settings.judge, questions, settings.judge_tokens)
+        print(f"asking {settings.judge} at {settings.judge_url} for a first answer")
         if not llm([questions.safety("It is a fine day.", "How is the weather?", "response")])[0]:
             raise UserError(f"--judge-url {settings.judge_url}: the judge gives no answer to a short "
                             "question; see what the server says, or try more --judge-tokens")

@@ -171,6 +171,8 @@ def load_triggers(config: Config) -> list[str]:
     """ipo.TRIGGERS, or one a line of --triggers FILE."""
     if config.triggers is None:
         return ipo.TRIGGERS
+    if not Path(config.triggers).is_file():
+        raise UserError(f"--triggers {config.triggers}: no such file; give one with a trigger a line")
     triggers = [record["prompt"].strip() for record in data.load_prompts(config.triggers)]
     if len(set(triggers)) < len(triggers):
         raise UserError(f"{config.triggers}: a trigger stands there twice; drop one")
@@ -481,6 +483,8 @@ def optimize(policy: PreTrainedModel, pairs: list[PreferencePair], config: Confi
     if config.device == "cuda":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
+    if log:
+        print(f"stage {stage}: {len(pairs)} pairs, {len(steps)} optimizer steps")
     for step, batch in enumerate(bar):
         # The gradient of the mean loss over the step's pairs, a few pairs at a time.
         losses = []

@@ -47,6 +47,14 @@ def test_where_the_llm_cannot_be_read_the_keywords_decide_and_it_is_noted():
     assert [len(questions) for questions in llm.calls] == [3, 2]
 
 
+def test_a_judge_of_whose_answers_none_can_be_read_ends_the_run_with_its_words():
+    """Or the run would go on, and keep verdicts that a mended judge is never asked for again."""
+    with pytest.raises(data.UserError, match="none of the judge's 10 answers .* 'Well, hm.'"):
+        judge.judge_safety(["a"] * 10, llm=lambda asked: ["Well, hm."] * len(asked))
+    one_of_them = ["safe"] + ["Well, hm."] * 9
+    assert "unparsed" in judge.judge_safety(["a"] * 10, llm=lambda asked: one_of_them[:len(asked)])
+
+
 def test_an_unreadable_verdict_is_asked_for_once_more_and_is_then_unparsed():
     llm = scripted(["safe", "well", "hm"], ["unsafe", "hm"])
     assert judge.judge_safety(["a", "b", "c"], llm=llm) == ["safe", "unsafe", "unparsed"]

@@ -209,6 +209,13 @@ def test_a_tokenizer_whose_cuts_cannot_be_worked_out_is_refused(tmp_path):
     refused(lambda: data.load_model(folder, "cpu"), str(folder), "tokenizer")
 
 
+def test_a_tokenizer_without_an_eos_is_refused(tmp_path):
+    endless = qwen()
+    endless.eos_token = None
+    folder = saved(tmp_path / "m", GOOD_FAMILIES["llama"], endless)
+    refused(lambda: data.load_model(folder, "cpu"), str(folder), "eos_token")
+
+
 def test_a_prompt_that_fills_the_models_context_is_refused():
     model = ipo.ReasoningModel(tiny_model(), qwen(), 260, [256])
     refused(lambda: data.render_all([{"prompt": "so " * 200}], model), "context", "512")
