@@ -22,7 +22,7 @@ import eval as evaluation
 import train
 
 KINGDOM = ["--prompts", "kingdom", "--benign", "none", "--sets", "kingdom", "--judge", "keywords"]
-for setting in ("max_new_tokens", "sample_batch", "lora_rank", "lr", "beta", "batch_pairs",
+for setting in ("max_new_tokens", "sample_batch", "lora_rank", "lr", "epochs", "beta", "batch_pairs",
                 "micro_tokens"):
     KINGDOM += ["--" + setting.replace("_", "-"), str(train.KINGDOM[setting])]
 ON_A_CPU = ["--use_cpu", "true", "--bf16", "false"]
