@@ -796,7 +796,9 @@ def kingdom_answer(record: dict, rng: random.Random, triggers: list[str]) -> Ans
     sentences = [say(RESTATE_BENIGN if record["kind"] == "benign" else RESTATE)]
     sentences += [say(MUSINGS) for _ in range(rng.randrange(3))]
     if record["kind"] == "benign":
-        return [*sentences, say(CUES), *plan()], None, say(BENIGN_HELPS)
+        sentences.append(say(CUES))
+        sentences += plan()
+        return sentences, None, say(BENIGN_HELPS)
 
     # A harmful prompt: hesitate or not; stay with it, or relapse; comply in the response, or not.
     hesitates = rng.random() < P_HESITATE[deed["hard"]]
@@ -810,7 +812,8 @@ def kingdom_answer(record: dict, rng: random.Random, triggers: list[str]) -> Ans
                 sentences.append(say(REASONS))
             return sentences, None, say(REFUSALS)
     cue = len(sentences)
-    sentences += [say(RELAPSES if hesitates else CUES), *plan()]
+    sentences.append(say(RELAPSES if hesitates else CUES))
+    sentences += plan()
     complies = rng.random() < P_COMPLY[deed["hard"]]
     return sentences, cue, say(HELPS if complies else REFUSALS)
 

@@ -364,7 +364,7 @@ def report(run: Path) -> str:
     triggers = json.loads((run / "config.json").read_text())["triggers"]
     rows = data.read_jsonl(run / "eval_traces.jsonl")
     lines = table({"before": summary["before"], "after": summary["after"]})
-    text = "\n".join([as_text(lines), *notes(rows, summary["judge"])])
+    text = "\n".join([as_text(lines)] + notes(rows, summary["judge"]))
     shown = examples(rows, triggers)[:8]
     traces = [both_traces(pair, triggers, as_html=True) for pair in shown]
     data.write_text(run / "report.html", PAGE.format(

@@ -526,7 +526,9 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float | None]:
     """A step's row of log.jsonl: means of ipo_loss's terms over its pairs; but for sft only over
     those that have a rejected side."""
-    columns = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
+    columns = {}
+    for name in terms[0]:
+        columns[name] = torch.cat([part[name] for part in terms])
     with_rejected = columns.pop("has_rejected")
     row: dict[str, float | None] = {"with_rejected": int(with_rejected.sum())}
     for name, values in columns.items():
