@@ -41,6 +41,7 @@ class Part:
     needs_command: str | None = None
     needs_cuda: bool = False
     makes: list[str] = field(default_factory=list)     # in {out}: removed by --again
+    whole: str | None = None        # a file for what is printed, where it is too long for README.md
 
 
 PARTS = [
@@ -50,7 +51,7 @@ PARTS = [
                      "python tests/experiments/result.py {out}/k0 {out}/k1 {out}/k2"], shown=3,
          makes=["k0", "k1", "k2"]),
     Part("findings", ["python tests/experiments/findings.py {out}/k0 {out}/k1 {out}/k2"],
-         needs_modules=["matplotlib"]),
+         needs_modules=["matplotlib"], whole="results/findings.txt"),
     Part("rivals", ["python tests/experiments/rivals.py --seeds 0 1 2 --out {out}/rivals"],
          needs_modules=["matplotlib"], makes=["rivals"]),
     Part("keywords", ["python tests/experiments/learn_keywords.py --score"]),
@@ -160,7 +161,11 @@ def write_readme(out: Path) -> None:
             continue
         about = json.loads((out / f"{part.name}.json").read_text())
         table = printed.read_text().replace(str(out), "runs/experiments").strip("\n")
-        block = (f"{begin}\n```text\n{table}\n```\n"
+        shown = f"```text\n{table}\n```"
+        if part.whole:
+            (HERE / part.whole).write_text(table + "\n")
+            shown = f"The whole print: [{part.whole}]({part.whole})."
+        block = (f"{begin}\n{shown}\n"
                  f"{about['date']}, {duration(about['seconds'])}; {about['versions']}; "
                  f"{about['machine']}.\n{end}")
         before, _, rest = text.partition(begin)
