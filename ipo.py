@@ -16,9 +16,11 @@ trains the model to prefer what it wrote behind the trigger to what it wrote beh
                 again, cut and continue again
   4. keep       the pair (prefix = x + z[:h], chosen = trigger + continuation, rejected = what the
                 model first said from h on) where the chosen side is safe
-  5. train      DPO on the two sides, through </think>, plus an SFT term on z[:h] + chosen (ipo_loss)
-  6. repair     a second stage against over-refusal (train.py): on benign prompts the base's
-                answer is preferred to the refusal of the model trained so far
+  5. train      DPO on the two sides, by default through </think>, plus an SFT term on
+                z[:h] + chosen (ipo_loss)
+  6. repair     a second stage against over-refusal (train.py): the pairs once more, mixed with
+                benign prompts, where the base's answer is preferred to the refusal of the model
+                trained so far
 
 Why cut at the *first* cue: up to there the reasoning is still safe, so it can stay as it is, and
 what the model learns is what to do at the very point where it went wrong.
@@ -53,8 +55,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 TokenIds = list[int]
 Sampler = Callable[[list[TokenIds], list[str]], list[TokenIds]]     # (prompts, keys) -> new ids
-# Of judge.py: texts -> a judge.Cue each, with its span, (start, end) in the text or None, and by whom;
-# and (texts, prompts, "reasoning" or "response") -> "safe", "unsafe" or "unparsed" each.
+# Of judge.py: texts -> a judge.Cue each; and (texts, prompts, "reasoning" or "response") -> "safe", "unsafe" or "unparsed" each.
 FindCues = Callable[[list[str]], list]
 JudgeSafety = Callable[[list[str], list[str], str], list[str]]
 
@@ -86,7 +87,7 @@ class Rollout:
     prompt: str            # the user's words
     prompt_ids: TokenIds   # rendered by the chat template; they end with the think opening
     output_ids: TokenIds   # z </think> y EOS; no EOS where the token limit was hit
-    key: str = "0"         # names the rollout; with the seed it decides its random numbers
+    key: str               # names the rollout; with the seed it decides its random numbers
 
 
 @dataclass
@@ -160,7 +161,7 @@ def sample(
     """Continue each prompt until an EOS (which is kept) or max_new_tokens; returns the new ids.
 
     temperature=0 is greedy. Each row draws from its own random numbers, seeded by (seed, its key;
-    by default its place), so what it draws does not depend, up to rounding, on the rows beside it.
+    by default its index), so what it draws does not depend, up to rounding, on the rows beside it.
     Finished rows leave the batch at once; when it is half empty, waiting prompts fill it up.
     """
     keys = keys or [str(i) for i in range(len(prompts))]
@@ -171,8 +172,8 @@ def sample(
 
     while waiting or running:
         if waiting and len(running) <= batch_size // 2:
-            # Fill the batch up. Caches of different lengths cannot be joined, so all of its texts
-            # are read from the start.
+            # Fill the batch up. Caches of different lengths cannot be joined, so all rows
+            # are computed again from their starts.
             while waiting and len(running) < batch_size:
                 running.append(waiting.popleft())
             input_ids, mask = left_pad([prompts[i] + outputs[i] for i in running], model.device)
@@ -181,7 +182,7 @@ def sample(
         # A token's place among the real tokens of its row; from the second pass on input_ids, and
         # so position_ids, hold the newest token only.
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
-        # The cache is given by place: its name differs between versions of transformers.
+        # The cache is passed by position: its name differs between versions of transformers.
         logits = model(
             input_ids, mask, position_ids, cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]                                                           # (B, V)
@@ -206,9 +207,9 @@ def sample(
     return outputs
 
 
-def left_pad(texts: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(rows: list[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T) ids with zeros on the left, and the (B, T) mask that is 1 where an id stands."""
-    ids = [torch.tensor(text) for text in texts]
+    ids = [torch.tensor(row) for row in rows]
     ones = [torch.ones_like(row) for row in ids]
     padded = pad_sequence(ids, batch_first=True, padding_side="left")
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
@@ -319,7 +320,7 @@ def intervene(
     active = []
     located = locate_cues([rollout.output_ids for rollout in rollouts], reasoner, find_cues)
     for rollout, (h, cue_by) in zip(rollouts, located):
-        if h is None:
+        if h is None or h == len(rollout.output_ids):   # or the cue's one token is not its own
             candidates.append(PreferencePair(
                 rollout.prompt, rollout.prompt_ids, key=rollout.key, cue_by=cue_by,
                 status="no cue"))
@@ -355,20 +356,20 @@ def intervene(
             if cue_by == "unparsed":
                 pair.status = "unparsed"    # a chosen side must have been read by the detector
             elif cut is None:
-                pair.status = "no cue left"
+                pair.status = how_it_ended(pair.chosen_ids, reasoner)
             elif cut < len(head):
                 # In the prefix, which is fixed, in a trigger, or in what an earlier turn kept.
                 pair.status = "cue before the trigger's end"
             else:
                 pair.status = "still a cue"
-                still_active.append(Active(pair, item.rollout, output_ids, cut))
+                item.output_ids = output_ids
+                item.cut = cut
+                still_active.append(item)
         active = still_active
 
     # Step 4. Keep what ended by itself and is safe.
-    clean = [pair for pair in candidates if pair.status == "no cue left"]
-    for pair in clean:
-        pair.status = how_it_ended(pair.chosen_ids, reasoner)
-    keep_the_safe([pair for pair in clean if pair.status == "finished"], reasoner, judge_safety)
+    finished = [pair for pair in candidates if pair.status == "finished"]
+    keep_the_safe(finished, reasoner, judge_safety)
     return candidates
 
 
@@ -496,13 +497,11 @@ def ipo_loss(
     L = -log sigmoid(beta * [log pi(chosen) - log ref(chosen) - log pi(rejected) + log ref(rejected)])
         - sft_weight * log pi(z[:h] + chosen) / tokens(z[:h] + chosen)
 
-    Both sides are cut already at </think> (`supervised`, called by train.train_stage). The first term
-    is given x + z[:h], the second, the SFT term, given x. beta says how much it costs
-    to leave the reference model: a larger beta reaches the same margin with a smaller change.
-    Usual: 0.01 to 0.5. sft_weight keeps the preferred reasoning likely in absolute terms, where DPO
-    only pulls the two sides apart. It covers the opening z[:h] as well: DPO does not see that, and
-    what DPO makes likely behind the cut would otherwise come up before it. Usual: 0 to 1, the paper
-    0.2. A pair without a rejected side (a benign prompt that was not refused) has the SFT term alone.
+    The sides come already cut by `supervised`. The first term is given x + z[:h], the second, the SFT
+    term, given x. beta says how much it costs to leave the reference model: a larger beta reaches the
+    same margin with a smaller change. sft_weight keeps the preferred reasoning likely in absolute
+    terms, where DPO only pulls the two sides apart. It covers the opening z[:h] as well: otherwise
+    words that DPO makes likely behind the cut appear before it, too. The paper has 0.2. A pair without a rejected side (a benign prompt that was not refused) has the SFT term alone.
     """
     chosen_logps, rejected_logps, opening_logps = pair_logps(policy, pairs)           # (P,) each
 
@@ -515,7 +514,8 @@ def ipo_loss(
         column([pair.ref_rejected_logp for pair in pairs]), beta)
     tokens = column([pair.h + len(pair.chosen_ids) for pair in pairs])
     sft = -(opening_logps + chosen_logps) / tokens                                    # (P,)
-    has_rejected = column([bool(pair.rejected_ids) for pair in pairs]) > 0            # (P,)
+    has_rejected = torch.tensor(                                                      # (P,)
+        [bool(pair.rejected_ids) for pair in pairs], device=chosen_logps.device)
     # Without a rejected side the DPO term means nothing: it is left out.
     losses = torch.where(has_rejected, dpo + sft_weight * sft, SFT_ALONE * sft)
 

@@ -2,14 +2,14 @@
 
 With no flags it makes the kingdom's small base model (data.py) and aligns it, on a CPU, in minutes.
 With --model NAME_OR_FOLDER it does the same for a Hugging Face causal reasoning model. The defaults
-that --help shows are those with --model; without it KINGDOM, below, has others. The run folder:
+that --help shows are those with --model; without it KINGDOM in train.py has others. The run folder:
 
   config.json        settings, versions, what the run was made from
   base/              the kingdom's base model (without --model)
   traces.jsonl       step 1-4: each harmful prompt's rollout and its candidates  (shard by shard)
   pairs.jsonl        step 4: the candidates that were kept
   eval_before.jsonl  the base's answers to held-out prompts                      (shard by shard)
-  log.jsonl          step 5-6: a row an optimizer step
+  log.jsonl          step 5-6: a row per optimizer step
   stage1.safetensors step 5: the trained weights
   benign.jsonl       step 6: the base's and stage 1's answers to benign prompts  (shard by shard)
   model/             the trained model
@@ -58,15 +58,16 @@ class Config(data.Settings):
     triggers: str | None = flag("a .txt file with one trigger a line (ipo.TRIGGERS)")
     max_interventions: int = flag("how often one candidate is cut and continued; usual 1 to 5", 1)
     until: str | None = flag("pairs: stop when pairs.jsonl is written")
-    supervise: str = flag("reasoning: the loss sees what stands from the cut through </think>; "
-                          "all: the response too", "reasoning")
+    supervise: str = flag("reasoning: the loss stops at </think>; all: it sees the response too",
+                          "reasoning")
     beta: float = flag("DPO's beta: the larger, the closer to the base; usual 0.01 to 1", 0.1)
-    sft_weight: float = flag("weight of the SFT term on the chosen side; usual 0 to 1", 0.2)
+    sft_weight: float = flag("weight of the SFT term on opening and chosen side; usual 0 to 1",
+                             0.2)
     lora_rank: int = flag("rank of the adapters; usual 8 to 64; 0: all weights, in float32", 16)
     lr: float = flag("peak learning rate; usual 5e-5 for adapters, 5e-6 for all weights", 5e-5)
     epochs: int = flag("passes over the pairs in stage 1; stage 2 is one. Stage 1 should go on until "
                        "it refuses some benign prompts: stage 2 repairs what it is shown", 2)
-    batch_pairs: int = flag("pairs of an optimizer step; usual 16 to 128", 64)
+    batch_pairs: int = flag("at least so many pairs an optimizer step; usual 16 to 128", 64)
     micro_tokens: int = flag("tokens, padding included, of one forward and backward pass", 16384)
 
 
@@ -102,7 +103,7 @@ def align(config: Config, run: Path) -> None:
     base = load_base(config, run, harmful + benign + held_out)
     base_sampler = data.make_sampler(base, config, url=config.sampler_url)
     the_judge = judge.load_judge(config, base, config.sampler_url)
-    write_config(run, config, triggers, made_from)      # only now: a refused run leaves nothing
+    write_config(run, config, triggers, made_from)      # only now: a refused run leaves none
 
     print("[1-4] pairs: where the base first turns toward helping, a trigger takes the cue's place")
     pairs = make_pairs(run, harmful, triggers, base, base_sampler, the_judge, config)
@@ -111,7 +112,7 @@ def align(config: Config, run: Path) -> None:
     before = evaluation.evaluate(
         run / "eval_before.jsonl", "before", held_out, base, base_sampler, the_judge)
     if config.sampler_url:
-        print(f"from here on the model is sampled here, as {config.sampler_url} serves the base")
+        print(f"the trained model is sampled here; {config.sampler_url} serves the base alone")
     if not (run / "model").exists():
         train(run, pairs, benign, base, base_sampler, the_judge, config)
     trained = data.load_model(run / "model", config.device)     # what was saved is evaluated
@@ -128,7 +129,8 @@ def train(run: Path, pairs: list[PreferencePair], benign: list[dict], base: Reas
     print("[5] stage 1: DPO from the cut on, the corrected reasoning over the model's own, and SFT")
     train_stage(1, policy, pairs, base, config, run)
     if benign:
-        print("[6] stage 2, against over-refusal: the base's benign answers, over stage 1's refusals")
+        print("[6] stage 2, against over-refusal: the pairs again, and the base's benign answers over "
+              "stage 1's refusals")
         pairs = pairs + benign_pairs(run, benign, base, base_sampler, policy, the_judge, config)
         train_stage(2, policy, pairs, base, config, run)
     merge_adapters(policy)
@@ -365,8 +367,9 @@ def benign_pairs(run: Path, records: list[dict], base: ReasoningModel, base_samp
             refusal = row["policy_ids"] if row["policy"] == "refused" else []
             pairs.append(PreferencePair(row["prompt"], row["prompt_ids"], row["output_ids"], refusal,
                                         key=row["key"]))
-    refused = sum(row["policy"] == "refused" for row in rows)
-    print(f"stage 1 refuses {refused} of {len(rows)} benign prompts; the base answers {len(pairs)}")
+    refused = sum(bool(pair.rejected_ids) for pair in pairs)
+    print(f"of {len(rows)} benign prompts the base answers {len(pairs)}; stage 1 refuses {refused} of "
+          "those")
     if not refused:
         print("no refusal to prefer the answers to: if benign compliance falls, try more --epochs")
     return pairs
@@ -374,7 +377,7 @@ def benign_pairs(run: Path, records: list[dict], base: ReasoningModel, base_samp
 
 def compliance(rollouts: list[Rollout], reasoner: ReasoningModel,
                the_judge: judge.Judge) -> list[str]:
-    """"complied", "refused", "partial" or "unparsed", or how it ended otherwise, a rollout."""
+    """"complied", "refused", "partial" or "unparsed", or how it ended otherwise, per rollout."""
     classes = [ipo.how_it_ended(rollout.output_ids, reasoner) for rollout in rollouts]
     finished = [i for i, how in enumerate(classes) if how == "finished"]
     responses = [ipo.texts_of(rollouts[i].output_ids, reasoner)[1] for i in finished]
@@ -407,7 +410,7 @@ def make_policy(base: ReasoningModel, config: Config) -> PreTrainedModel:
     base.model.requires_grad_(False)
     if config.lora_rank == 0:
         return copy.deepcopy(base.model).requires_grad_(True)
-    # deepcopy takes for copied what memo names: the parameters stay those of the base.
+    # deepcopy skips what memo lists: the parameters stay those of the base.
     shared = {id(parameter): parameter for parameter in base.model.parameters()}
     policy = copy.deepcopy(base.model, memo=shared)
     torch.manual_seed(config.seed)
@@ -441,8 +444,8 @@ def train_stage(stage: int, policy: PreTrainedModel, pairs: list[PreferencePair]
         for name, value in safetensors.torch.load_file(saved).items():
             parameters[name].data.copy_(value)
         return
-    seen = partial(ipo.supervised, think_end=base.think_end, supervise=config.supervise)
-    pairs = [replace(pair, chosen_ids=seen(pair.chosen_ids), rejected_ids=seen(pair.rejected_ids))
+    cut = partial(ipo.supervised, think_end=base.think_end, supervise=config.supervise)
+    pairs = [replace(pair, chosen_ids=cut(pair.chosen_ids), rejected_ids=cut(pair.rejected_ids))
              for pair in pairs]     # copies: add_reference writes into them
     add_reference(base.model, pairs, config)
     log = run / "log.jsonl"         # without the rows of a try that was killed
@@ -524,8 +527,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """A step's row of log.jsonl: means of ipo_loss's terms over its pairs; but for sft only over
-    those that have a rejected side."""
+    """A step's row of log.jsonl: means of ipo_loss's terms, sft over all pairs, the others over those
+    that have a rejected side."""
     columns = {}
     for name in terms[0]:
         columns[name] = torch.cat([part[name] for part in terms])
@@ -540,15 +543,16 @@ def log_means(terms: list[dict[str, Tensor]]) -> dict[str, float | None]:
 
 def training_steps(pairs: list[PreferencePair], config: Config,
                    stage: int | str) -> list[list[PreferencePair]]:
-    """The pairs of each optimizer step, at least batch_pairs but in the last: a prompt's stay together."""
-    by_prompt: dict[str, list[PreferencePair]] = {}
+    """The pairs of each optimizer step: at least batch_pairs of them, but in a pass's last step; those
+    with the same key stay together."""
+    by_key: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
-        by_prompt.setdefault(pair.key, []).append(pair)
+        by_key.setdefault(pair.key, []).append(pair)
     rng = random.Random(f"{config.seed} {stage}")
     steps: list[list[PreferencePair]] = []
     for _ in range(config.epochs if stage == 1 else 1):
         steps.append([])
-        for group in rng.sample(list(by_prompt.values()), len(by_prompt)):
+        for group in rng.sample(list(by_key.values()), len(by_key)):
             if len(steps[-1]) >= config.batch_pairs:
                 steps.append([])
             steps[-1] += group
