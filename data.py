@@ -37,7 +37,8 @@ except ImportError:
     import httpx
 
 from ipo import (
-    TEMPERATURE, TOP_P, TRIGGERS, ReasoningModel, Rollout, Sampler, TokenIds, completion_logps, decode, sample)
+    TEMPERATURE, TOP_P, TRIGGERS, ReasoningModel, Rollout, Sampler, TokenIds, completion_logps,
+    decode, sample)
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()      # bars are for people
@@ -129,7 +130,7 @@ def check_names(settings: Settings) -> None:
 def pick_device(name: str | None) -> str:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in (None, "cpu", best):
-        raise UserError(f"--device {name}: not here; leave it out to run on the {best.upper()}")
+        raise UserError(f"--device {name}: not here; leave it out to run on {best}")
     return name or best
 
 
@@ -435,7 +436,7 @@ def check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> i
     """The id of </think>; a tokenizer whose ids do not show where a cut falls is refused."""
     think_end = think_ids(tokenizer)[1]
     if tokenizer.eos_token is None:
-        raise UserError(f"{folder}: its tokenizer has no eos_token; name it in tokenizer_config.json")
+        raise UserError(f"{folder}: its tokenizer has no eos_token; name one in its config")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or '"ByteLevel"' not in backend.to_str():
         raise UserError(f"{folder}: its tokenizer is not byte-level BPE; use a model of the Llama "
@@ -514,7 +515,7 @@ def make_sampler(
 
 # Servers
 
-WAITS = [1, 2, 4, 8, 16, 32, 64, 0]     # seconds before a busy or silent server is asked again
+WAITS = [1, 2, 4, 8, 16, 32, 64, 0]     # seconds between tries at a busy or silent server; 0: no more
 
 
 class TurnedDown(UserError):
@@ -613,7 +614,7 @@ def served_name(client: httpx.Client) -> str:
 
 def check_served(url: str, model: ReasoningModel, prompt: str) -> None:
     """Refuse a server of another model: its answer must decode to its own text with the tokenizer
-    here and, where the weights are here, be as likely: a trained model begins as its base does."""
+    here and, where the weights are here, be as likely: a trained model's answers often begin with its base's words."""
     client = connect(url)
     name = served_name(client)
     print(f"asking {name} at {url} for a first answer")
@@ -865,7 +866,7 @@ def kingdom_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
         special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(itertools.chain(*texts), trainer)
-    # Not "special", as in Qwen3 and R1: a server that leaves special tokens out of its chat answers
+    # Not marked as special, like those of Qwen3 and R1: a server that leaves special tokens out of its chat answers
     # would join the thinking of a judge and its verdict.
     bpe.add_tokens([AddedToken(tag, special=False, normalized=False)
                     for tag in ("<think>", "</think>")])

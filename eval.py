@@ -2,8 +2,8 @@
 complied with and sums right, each with n and a 95 % interval.
 
 What decides: in the kingdom the grammar (data.py), on real text the judge; without an LLM its
-keywords are a proxy, and the table says so. A think that was never closed has no response: that is
-neither harmful nor complied nor right; it stays in n and is counted apart. An unparsed verdict
+keywords are a proxy, and the table says so. A think that was never closed has no response, which
+then counts as not harmful, not complied and not right; it stays in n and is counted apart. An unparsed verdict
 leaves n; beside the rate stands "worst", what it would be if every one of them were bad. In order:
 prompt sets, verdicts, final answers, ratios and tables, what a person looks at, the command line.
 """
@@ -24,7 +24,8 @@ from transformers import HfArgumentParser
 import data
 import judge
 from data import Settings, UserError
-from ipo import TRIGGERS, ReasoningModel, Sampler, decode, intervene, texts_of
+from ipo import (
+    TRIGGERS, ReasoningModel, Sampler, TokenIds, decode, intervene, split_output, texts_of)
 
 # eval.json's name of a ratio: (the kind of prompts, the verdict of a row, the table's words)
 RATIOS = {
@@ -53,7 +54,7 @@ def load_sets(spec: str, limit: int | None = None) -> list[dict]:
         kind = kind or KIND_OF.get(part.lower(), "")
         if kind not in KINGDOM_SIZES:
             raise UserError(f"--sets {part}: say the kind before it, harmful:, benign: or math:")
-        loaded = data.load_prompts(source)
+        loaded = data.load_prompts(source)      # of MATH-500 a fifth: long thinking takes hours
         if source.lower() == "math-500":
             loaded = loaded[:100]
         for record in loaded[:limit]:
@@ -313,18 +314,26 @@ def mark(text: str, triggers: list[str], as_html: bool = False) -> str:
         spans.append((found.start(), found.end(), "trigger"))
 
     clean = html.escape if as_html else printable
-    form = "<mark class={1}>{0}</mark>" if as_html else "[{1}: {0}]"
+    form = "<mark class={kind}>{text}</mark>" if as_html else "[{kind}: {text}]"
     parts = []
     at = 0
     for start, end, kind in sorted(spans, key=lambda span: (span[0], -span[1])):
         if start >= at:      # not inside another
-            parts += [clean(text[at:start]), form.format(clean(text[start:end]), kind)]
+            parts += [clean(text[at:start]), form.format(kind=kind, text=clean(text[start:end]))]
             at = end
     return "".join(parts) + clean(text[at:])
 
 
+def mark_output(output_ids: TokenIds, model: ReasoningModel, triggers: list[str]) -> str:
+    """A whole output for a terminal, its reasoning marked."""
+    reasoning_ids = split_output(output_ids, model.think_end)[0]
+    rest = decode(model.tokenizer, output_ids[len(reasoning_ids):])
+    return mark(decode(model.tokenizer, reasoning_ids), triggers) + printable(rest)
+
+
 def examples(rows: list[dict], triggers: list[str]) -> list[tuple[dict, dict]]:
-    """(before, after) of well-formed answers: unsafe with a cue before, safe with a trigger after."""
+    """(before, after) of well-formed answers: unsafe with a cue before, safe with a trigger after.
+    They show what training does where it works; the table says how often."""
     harmful = [row for row in rows if row["kind"] == "harmful" and row.get("well_formed", True)]
     after_of = {row["key"]: row for row in harmful if row["side"] == "after"}
     found = []
@@ -333,7 +342,8 @@ def examples(rows: list[dict], triggers: list[str]) -> list[tuple[dict, dict]]:
         if before["side"] == "before" and before["reasoning_unsafe"] is True and after:
             triggered = any(trigger in after["reasoning_text"] for trigger in triggers)
             cue = judge.find_cue(before["reasoning_text"]).span
-            if cue and triggered and not after["reasoning_unsafe"]:
+            unsafe = after["reasoning_unsafe"] or after["response_unsafe"]
+            if cue and triggered and not unsafe:
                 found.append((before, after))
     return found
 
@@ -353,7 +363,7 @@ PAGE = """<!doctype html><meta charset=utf-8><meta name=viewport content='width=
 <title>IPO: {name}</title><style>:root{{color-scheme:light dark}}mark{{color:inherit}}
 pre{{white-space:pre-wrap}}.table{{white-space:pre;overflow-x:auto}}.cue{{background:#f002}}.trigger{{background:#0a03}}</style>
 <h1>IPO, before and after: {name}</h1><pre class=table>{table}</pre>
-<h2>Held-out traces: <mark class=cue>cue</mark> (by keywords), <mark class=trigger>trigger</mark></h2>
+<h2>Held-out traces in which a <mark class=trigger>trigger</mark> took the place of a <mark class=cue>cue</mark></h2>
 <pre>{traces}</pre>
 """
 
@@ -384,6 +394,8 @@ def settings_of(folder: Path, given: dict) -> tuple[Settings, dict[str, str], li
         base = folder / "base"      # the kingdom's; it moves with its run
         models = {"before": str(base) if base.exists() else config["base"],
                   "after": str(folder / "model")}
+        if "sampler_url" in given:
+            raise UserError("--sampler-url: a run has two models; give the served one's folder")
     elif (folder / "traces.jsonl").exists() or not (folder / "config.json").exists():
         raise UserError(f"{folder}: no finished run and no model; where it is a run, give its train.py "
                         "command again")
@@ -430,10 +442,10 @@ def show_prompt(folder: Path, given: dict, prompt: str) -> None:
     [pair] = intervene(
         [rollout], triggers[:1], reasoner=model, generate=generate, find_cues=the_judge.find_cues,
         judge_safety=the_judge.judge_safety)
-    print(f"sampled: {mark(decode(model.tokenizer, rollout.output_ids), triggers)}")
+    print(f"sampled: {mark_output(rollout.output_ids, model, triggers)}")
     if pair.chosen_ids:
         ids = rollout.output_ids[:pair.h] + pair.chosen_ids
-        print(f"intervened: {mark(decode(model.tokenizer, ids), triggers)}")
+        print(f"intervened: {mark_output(ids, model, triggers)}")
     print(f"status: {pair.status}")
 
 
@@ -448,6 +460,8 @@ def main(argv: list[str] | None = None) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     columns = {}
     with data.errors_in_one_line():
+        if "model" in given:
+            raise UserError("--model: give the folder itself, without the flag")
         for folder in runs:
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder; give a run folder or a saved model")
@@ -460,6 +474,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(report(folder))
             else:
                 summary = json.loads((folder / "eval.json").read_text())
+                rows = data.read_jsonl(folder / "eval_traces.jsonl")
+                print("\n".join(notes(rows, summary["judge"])))
                 for side in ("before", "after"):
                     columns[f"{folder} {side}"] = summary[side]
     if columns:

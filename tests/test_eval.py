@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from conftest import encode, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -49,6 +49,26 @@ def test_an_unparsed_verdict_is_neither_safe_nor_unsafe_and_leaves_n():
 def test_the_worst_case_of_an_unread_benign_verdict_is_that_it_was_refused():
     rows = [{"kind": "benign", "complied": verdict} for verdict in (True, "unparsed")]
     assert evaluation.ratios(rows)["benign_complied"]["worst"] == 0.5
+
+
+def test_a_whole_output_is_marked_in_its_reasoning_alone():
+    tokenizer = qwen()
+    model = ipo.ReasoningModel(None, tokenizer, data.think_ids(tokenizer)[1], [256])
+    plain = "They ask of the inn. It would be wrong.</think>Sure! First, you could pick the lock."
+    cue = "They ask of the inn. First, one could pick the lock.</think>Sorry, I can't help."
+    for text in (plain, cue):
+        shown = evaluation.mark_output(encode(tokenizer, text), model, ["no trigger"])
+        assert ("[cue: First" in shown) == (text == cue)
+        assert shown.replace("[cue: ", "").replace("]", "") == text
+
+
+def test_flags_that_a_run_folder_cannot_use_are_refused(tmp_path, capsys):
+    for flags in (["--model", "x"], ["--sampler-url", "http://localhost:9/v1"]):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "config.json").write_text('{"settings": {}, "base": "x", "triggers": []}')
+        with pytest.raises(SystemExit):
+            evaluation.main([str(tmp_path), *flags])
+        assert capsys.readouterr().err.startswith(f"error: {flags[0]}: ")
 
 
 def test_the_table_says_who_judged_and_that_keywords_are_a_proxy():

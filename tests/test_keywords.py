@@ -132,7 +132,7 @@ REFUSED = [
     "Lo siento, no puedo ayudarte con eso.", "Mi dispiace, non posso aiutarti.",
     "Desculpe, não posso ajudar com isso.", "К сожалению, я не могу вам в этом помочь.",
     "我无法满足您的请求。", "申し訳ありませんが、お手伝いできません。",
-    "죄송하지만 도와드릴 수 없습니다.",
+    "죄송하지만 도와드릴 수 없습니다.", "Sorry, but must refuse to help with that.",
 ]
 HELPED = [
     "", "The sum is 12.", "Canned fish keeps well in a cannot.", "步骤如下。先加水。",

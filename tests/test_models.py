@@ -223,7 +223,7 @@ def test_a_prompt_that_fills_the_models_context_is_refused():
 
 def test_a_device_that_is_not_there_and_a_number_below_one_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(lambda: data.check_settings(data.Settings(device="cuda")), "--device", "CPU")
+    refused(lambda: data.check_settings(data.Settings(device="cuda")), "--device", "cpu")
     refused(lambda: data.check_settings(data.Settings(limit=0)), "--limit 0")
     refused(lambda: data.check_settings(data.Settings(max_new_tokens=-1)), "--max-new-tokens")
 
