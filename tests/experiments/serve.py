@@ -35,12 +35,10 @@ from data import httpx
 from ipo import ReasoningModel, TokenIds
 
 NAME = "served"         # what the server calls its model
-KINGDOM = ["--prompts", "kingdom", "--benign", "kingdom", "--sets", "kingdom"]
-for setting in ("max_new_tokens", "judge_tokens", "sample_batch", "lora_rank", "lr", "beta",
-                "batch_pairs", "micro_tokens"):
-    KINGDOM += ["--" + setting.replace("_", "-"), str(train.KINGDOM[setting])]
-SELF = ["--judge", "self", "--judge-questions", "kingdom"]
-COLUMNS = "{:60} {:13} {}"
+KINGDOM = []            # the kingdom's settings, as flags
+for setting, value in train.KINGDOM.items():
+    if setting not in ("out", "judge"):
+        KINGDOM += ["--" + setting.replace("_", "-"), str(value)]
 
 
 class Server:
