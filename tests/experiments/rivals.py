@@ -401,6 +401,18 @@ def show(title: str, found: dict[str, Ratios]) -> None:
     print(f"\n{evaluation.as_text(lines)}")
 
 
+def show_each(by_seed: list[dict[str, Ratios]], titles: list[str]) -> None:
+    """The rates of each seed, in per cent."""
+    lines = [["a seed"] + [words for _, _, words in evaluation.RATIOS.values()]]
+    for title in titles:
+        cells = []
+        for name in evaluation.RATIOS:
+            rates = [100 * found[title][name]["rate"] for found in by_seed]
+            cells.append(" / ".join(f"{rate:.1f}" for rate in rates))
+        lines.append([title] + cells)
+    print(f"\n{evaluation.as_text(lines)}")
+
+
 def show_costs(out: Path, seeds: list[int]) -> None:
     """What the rivals cost, a cell a seed. The seconds hold the sampling that is done for the rival
     alone: GRPO's, and that of natural pairs."""
@@ -418,6 +430,13 @@ def show_costs(out: Path, seeds: list[int]) -> None:
     print(f"\n{evaluation.as_text(lines)}")
 
 
+def error_bar(ratio: dict) -> list[list[float]]:
+    """How far the interval reaches down and up; an end that rounding puts inside counts as 0."""
+    down = max(0.0, ratio["rate"] - ratio["low"])
+    up = max(0.0, ratio["high"] - ratio["rate"])
+    return [[down], [up]]
+
+
 def draw(found: dict[str, Ratios]) -> None:
     """Harmful reasoning and harmful responses against benign compliance, a point a row."""
     found = {title: ratios for title, ratios in found.items() if title != COST_OF_IPO}
@@ -428,8 +447,7 @@ def draw(found: dict[str, Ratios]) -> None:
             x = ratios["benign_complied"]
             y = ratios[name]
             panel.errorbar(
-                x["rate"], y["rate"], xerr=[[x["rate"] - x["low"]], [x["high"] - x["rate"]]],
-                yerr=[[y["rate"] - y["low"]], [y["high"] - y["rate"]]],
+                x["rate"], y["rate"], xerr=error_bar(x), yerr=error_bar(y),
                 label=title if name == "reasoning_harmful" else None, linewidth=0.8,
                 marker=markers[i // len(plots.COLOURS) % len(markers)],
                 color=plots.COLOURS[i % len(plots.COLOURS)], linestyle="none")
@@ -465,11 +483,10 @@ def main(argv: list[str] | None = None) -> None:
                     run_ablation(run, start, given)
                 print(f"seed {seed}, {run.title}: {time.time() - begun:.0f} s", file=sys.stderr)
         by_seed = [results(options.out, seed) for seed in options.seeds]
-        for seed, found in zip(options.seeds, by_seed):
-            show(f"seed {seed}", found)
         pooled = pool(by_seed)
+        show(f"seeds {' '.join(map(str, options.seeds))}", pooled)
         if len(by_seed) > 1:
-            show("all seeds", pooled)
+            show_each(by_seed, list(pooled))
         show_costs(options.out, options.seeds)
         draw(pooled)
 
