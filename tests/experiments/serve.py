@@ -39,6 +39,8 @@ KINGDOM = []            # the kingdom's settings, as flags
 for setting, value in train.KINGDOM.items():
     if setting not in ("out", "judge"):
         KINGDOM += ["--" + setting.replace("_", "-"), str(value)]
+SELF = ["--judge", "self", "--judge-questions", "kingdom"]
+COLUMNS = "{:60} {:13} {}"
 
 
 class Server:
