@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import (
-    ADAPTERS, BENIGN, HARMFUL, RECORDS, encode, flags, plain_logp, random_ids, tiny_model)
+    ADAPTERS, BENIGN, HARMFUL, encode, flags, plain_logp, random_ids, tiny_model)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
