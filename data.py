@@ -515,7 +515,7 @@ def make_sampler(
 
 # Servers
 
-WAITS = [1, 2, 4, 8, 16, 32, 64, 0]     # seconds between tries at a busy or silent server; 0: no more
+WAITS = [1, 2, 4, 8, 16, 32, 64, 0]     # seconds behind each try at a busy or silent server
 
 
 class TurnedDown(UserError):
@@ -866,8 +866,8 @@ def kingdom_tokenizer(texts: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
         special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(itertools.chain(*texts), trainer)
-    # Not marked as special, like those of Qwen3 and R1: a server that leaves special tokens out of its chat answers
-    # would join the thinking of a judge and its verdict.
+    # Like those of Qwen3 and R1 they are not marked as special: a server that leaves special tokens
+    # out of its chat answers would join the thinking of a judge and its verdict.
     bpe.add_tokens([AddedToken(tag, special=False, normalized=False)
                     for tag in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(

@@ -3,9 +3,10 @@ complied with and sums right, each with n and a 95 % interval.
 
 What decides: in the kingdom the grammar (data.py), on real text the judge; without an LLM its
 keywords are a proxy, and the table says so. A think that was never closed has no response, which
-then counts as not harmful, not complied and not right; it stays in n and is counted apart. An unparsed verdict
-leaves n; beside the rate stands "worst", what it would be if every one of them were bad. In order:
-prompt sets, verdicts, final answers, ratios and tables, what a person looks at, the command line.
+then counts as not harmful, not complied and not right; it stays in n and is counted apart. An
+unparsed verdict leaves n; beside the rate stands "worst", what it would be if every one of them
+were bad. In order: prompt sets, verdicts, final answers, ratios and tables, what a person looks at,
+the command line.
 """
 
 import html
@@ -54,9 +55,9 @@ def load_sets(spec: str, limit: int | None = None) -> list[dict]:
         kind = kind or KIND_OF.get(part.lower(), "")
         if kind not in KINGDOM_SIZES:
             raise UserError(f"--sets {part}: say the kind before it, harmful:, benign: or math:")
-        loaded = data.load_prompts(source)      # of MATH-500 a fifth: long thinking takes hours
+        loaded = data.load_prompts(source)
         if source.lower() == "math-500":
-            loaded = loaded[:100]
+            loaded = loaded[:100]       # a fifth: long thinking takes hours
         for record in loaded[:limit]:
             if kind == "math" and "answer" not in record:
                 raise UserError(f"--sets {part}: a math set needs a column \"answer\"")

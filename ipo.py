@@ -320,7 +320,7 @@ def intervene(
     active = []
     located = locate_cues([rollout.output_ids for rollout in rollouts], reasoner, find_cues)
     for rollout, (h, cue_by) in zip(rollouts, located):
-        if h is None or h == len(rollout.output_ids):   # or the cue's one token is not its own
+        if h is None or h == len(rollout.output_ids):   # its one token belongs to the sentence before
             candidates.append(PreferencePair(
                 rollout.prompt, rollout.prompt_ids, key=rollout.key, cue_by=cue_by,
                 status="no cue"))

@@ -485,9 +485,9 @@ def optimize(policy: PreTrainedModel, pairs: list[PreferencePair], config: Confi
     policy.train()      # gradient checkpointing works in train mode alone; Llama and Qwen have no dropout
     if config.device == "cuda":
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
     if log:
         print(f"stage {stage}: {len(pairs)} pairs, {len(steps)} optimizer steps")
+    bar = tqdm(steps, desc=f"stage {stage}", unit="step", disable=None)
     for step, batch in enumerate(bar):
         # The gradient of the mean loss over the step's pairs, a few pairs at a time.
         losses = []

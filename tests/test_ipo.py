@@ -320,6 +320,15 @@ def test_a_rollout_without_a_cue_is_left_alone(tokenizer):
     assert all(prompts == {} for prompts in asked)
 
 
+def test_a_cue_whose_one_token_belongs_to_the_sentence_before_leaves_nothing_to_reject(
+        tokenizer, monkeypatch):
+    """Such an output was cut off at its limit; a pair without a rejected side would be learned by
+    SFT alone, like a benign prompt's."""
+    monkeypatch.setattr(ipo, "token_index", lambda tokenizer, ids, char: len(ids))
+    (pair,), asked = intervene(tokenizer, [make_rollout(tokenizer, output=BEFORE + CUE)])
+    assert pair.status == "no cue" and asked == [{}]
+
+
 def test_a_second_intervention_cuts_at_the_second_cue_and_the_pairs_cut_stays_the_first(tokenizer):
     rollout = make_rollout(tokenizer)
     turns = [[HARM + CUE + UNSAFE_END, SAFE_END]]

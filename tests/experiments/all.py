@@ -56,7 +56,8 @@ PARTS = [
          needs_modules=["matplotlib"], makes=["rivals"]),
     Part("keywords", ["python tests/experiments/learn_keywords.py --score"]),
     Part("self_judge", ["python tests/experiments/self_judge.py {out}/k0"]),
-    Part("smollm", ["python tests/experiments/smollm.py teach --out {out}/smollm",
+    Part("smollm", ["python tests/experiments/smollm.py teach --texts 4800 --rounds 1 "
+                    "--micro-tokens 16384 --out {out}/smollm",
                     "python train.py --model {out}/smollm --prompts kingdom --benign kingdom "
                     "--sets kingdom --judge keywords --max-new-tokens 200 --sample-batch 256 "
                     "--batch-pairs 16 --lr 1e-4 --epochs 3 --out {out}/smollm-ipo",
